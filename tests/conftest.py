@@ -1,0 +1,20 @@
+"""Eight virtual CPU devices, and every annotation checked, in all tests."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jaxtyping
+import numpy as np
+import pytest
+
+jaxtyping.install_import_hook("unreid_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def golden():
+  """Loads tests/goldens/NAME.npz, made by running the references' code."""
+  folder = pathlib.Path(__file__).parent / "goldens"
+  return lambda name: np.load(folder / f"{name}.npz")
