@@ -1,0 +1,78 @@
+"""Trains or evaluates: python run.py --config=configs/selective.py
+
+Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
+whatever way, goes on when it is started again with the same command.
+"""
+
+import re
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from unreid_jax import UserError
+from unreid_jax.train import Interrupted, score, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/selective.py", "Config file; FILE:DATASET for a data set."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "Where the run writes; runs/METHOD_DATASET if empty."
+)
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "evaluate"], "evaluate: score the checkpoints."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Call jax.distributed.initialize: several hosts."
+)
+_STOPPED = 75  # the exit status of a run that was told to stop and can go on
+
+
+def main(argv: list[str]) -> None:
+  try:
+    if len(argv) > 1:
+      raise UserError(f"what is {argv[1]!r}? Every option starts with --")
+    if _DISTRIBUTED.value:
+      jax.distributed.initialize()
+    config = _config()
+    workdir = _WORKDIR.value
+    workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
+    {"train": train, "evaluate": score}[_MODE.value](config, workdir)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except Interrupted as stopped:
+    print(f"{stopped}; the same command goes on", file=sys.stderr)
+    sys.exit(_STOPPED)
+
+
+def _config():
+  """The config, or why it cannot be read: it is loaded at the first access."""
+  path = flags.FLAGS["config"].value
+  try:
+    _CONFIG.value.seed  # noqa: B018
+  except UserError:
+    raise
+  except (OSError, SyntaxError, TypeError) as error:
+    raise UserError(f"--config: {error}") from error
+  return _CONFIG.value
+
+
+def _parse(argv):
+  """absl's own parser, but a misspelt key is answered with the nearest one."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', str(error))
+    if not hint:
+      raise
+    print(
+      f'error: the config has no key "{hint[2]}"; did you mean "{hint[1]}"?',
+      file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

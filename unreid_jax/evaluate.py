@@ -1,0 +1,154 @@
+"""Images to features to mAP and CMC."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from unreid_jax import ranking, sharding
+from unreid_jax.data import Dataset, Split, augment
+
+_QUERIES, _GALLERY = 512, 4096  # a block of distances
+
+
+def _eval_step(encoder, augment_images):
+  """Test-time transform, running statistics."""
+  del augment_images
+
+  def step(variables, images, key):
+    del key
+    images = augment.normalise(images)
+    return variables, encoder.apply(variables, images, train=False)
+
+  return step
+
+
+def _train_step(encoder, augment_images):
+  """Training transform, batch statistics; the running ones move on."""
+
+  def step(variables, images, key):
+    features, updated = encoder.apply(
+      variables,
+      augment_images(key, images),
+      train=True,
+      mutable=["batch_stats"],
+    )
+    return variables | updated, features
+
+  return step
+
+
+# (encoder, augment) -> step(variables, images u8, key) -> variables, features
+ENCODE_STEPS = {"eval": _eval_step, "train": _train_step}
+
+
+def encode(
+  step: Callable,
+  variables,
+  images: np.ndarray,
+  order: np.ndarray,
+  batch_size: int,
+  key: jax.Array,
+  track: Callable,
+):
+  """Runs `step` over all images.
+
+  Args:
+    step: jitted, one of `ENCODE_STEPS`.
+    variables: of the encoder.
+    images: uint8 [n, h, w, 3].
+    order: a permutation of [n], the order in which they are run.
+    batch_size: images a step; the last batch is filled up with repetitions.
+    key: of the first batch; the others' are folded from it.
+    track: draws the progress bar over the batches.
+
+  Returns:
+    The variables after the last step, and the features on the host, [n, ...]
+    in the order of the images.
+  """
+  mesh = jax.sharding.get_mesh()
+  parts = []
+  for start in track(range(0, len(order), batch_size)):
+    rows = order[np.arange(start, start + batch_size) % len(order)]
+    batch = sharding.put_rows(mesh, images, rows)
+    step_key = jax.random.fold_in(key, start)
+    variables, features = step(variables, batch, step_key)
+    parts.append(jax.device_get(features))
+  back = np.argsort(order)
+  features = jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
+  return variables, features
+
+
+def score(
+  query_features,
+  gallery_features,
+  query: Split,
+  gallery: Split,
+  distance: Callable,
+  track: Callable,
+) -> dict[str, float]:
+  """mAP, R1, R5, R10 and mINP, from a block of distances at a time.
+
+  Args:
+    query_features: array or dict of arrays [q, ...].
+    gallery_features: likewise [g, ...].
+    query: whose pids and camids are used.
+    gallery: likewise.
+    distance: a method's `distance`.
+    track: draws the progress bar over the blocks of queries.
+  """
+  distance = jax.jit(distance)
+  parts = []
+  for start in track(range(0, len(query.pids), _QUERIES)):
+    q, q_camids = _block((query_features, query.camids), start, _QUERIES)
+    row = np.empty((len(q_camids), len(gallery.pids)), np.float32)
+    for first in range(0, len(gallery.pids), _GALLERY):
+      g, g_camids = _block((gallery_features, gallery.camids), first, _GALLERY)
+      block = row[:, first : first + _GALLERY]
+      block[:] = distance(q, g, q_camids, g_camids)[:, : block.shape[1]]
+    stop = min(start + _QUERIES, len(query.pids))
+    parts.append(
+      ranking.rank_queries(
+        row[: stop - start],
+        query.pids[start:stop],
+        gallery.pids,
+        query.camids[start:stop],
+        gallery.camids,
+      )
+    )
+  metrics = ranking.summarize(parts, max_rank=10)
+  return {
+    "mAP": float(metrics.mAP),
+    "R1": float(metrics.cmc[0]),
+    "R5": float(metrics.cmc[4]),
+    "R10": float(metrics.cmc[9]),
+    "mINP": float(metrics.mINP),
+  }
+
+
+def evaluate(
+  step: Callable,
+  variables,
+  dataset: Dataset,
+  distance: Callable,
+  batch_size: int,
+  track: Callable,
+) -> dict[str, float]:
+  """Encodes query and gallery and scores them under the Market protocol."""
+  key = jax.random.key(0)  # not used
+  features = []
+  for name in ("query", "gallery"):
+    images = getattr(dataset, name).images
+    bar = lambda x, name=name: track(x, f"encode {name}", batch_size)
+    order = np.arange(len(images))
+    _, encoded = encode(step, variables, images, order, batch_size, key, bar)
+    features.append(encoded)
+  bar = lambda x: track(x, "rank", _QUERIES)
+  return score(*features, dataset.query, dataset.gallery, distance, bar)
+
+
+def _block(tree, start, size):
+  """Rows from `start`, always `size` of them if there are that many."""
+  n = len(jax.tree.leaves(tree)[0])
+  rows = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+  return jax.tree.map(lambda x: x[rows], tree)

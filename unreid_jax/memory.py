@@ -1,0 +1,149 @@
+"""The memory bank: rows split over the devices and never gathered.
+
+A bank is an array [k, ..., d], sharded by rows over the mesh axis "data". The
+features of a batch travel to the banks, not the other way round: every device
+works on its own rows, and only results of the size of a batch are merged. All
+products use the highest precision, so that a ranking does not depend on the
+accelerator.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from unreid_jax import sharding
+
+# The capacity of a bank must not depend on the number of devices, or a
+# checkpoint could not be read on another number: it is a multiple of this.
+ROW_MULTIPLE = 128
+_BY_ROW = sharding.ROWS
+_BY_COLUMN = sharding.P(None, sharding.AXIS)
+_COPY = sharding.COPY
+
+
+def capacity(num_rows: int) -> int:
+  """Rows of a bank that holds `num_rows`: the next multiple of 128."""
+  return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def create(values: Float[Array, "n ..."]) -> Float[Array, "k ..."]:
+  """A bank of these rows, in order; the rows beyond them are zero."""
+  extra = capacity(len(values)) - len(values)
+  padded = jnp.pad(values, [(0, extra)] + [(0, 0)] * (values.ndim - 1))
+  return sharding.constrain_rows(padded)
+
+
+def normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+  """Unit length along the last axis; a zero vector stays zero."""
+  squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
+
+
+def similarities(
+  bank: Float[Array, "k d"], features: Float[Array, "b d"]
+) -> Float[Array, "b k"]:
+  """Inner products with all rows, sharded by column; differentiable."""
+
+  def shard(bank, features):
+    return jnp.matmul(features, bank.T, precision=lax.Precision.HIGHEST)
+
+  return sharding.per_shard(shard, (_BY_ROW, _COPY), _BY_COLUMN)(
+    bank, features
+  )
+
+
+def squared_distances(
+  bank: Float[Array, "k d"], features: Float[Array, "b d"]
+) -> Float[Array, "b k"]:
+  """Squared Euclidean distances to all rows, sharded by column."""
+  bank_squared = jnp.sum(jnp.square(bank), axis=1)
+  squared = jnp.sum(jnp.square(features), axis=1, keepdims=True)
+  return squared + bank_squared - 2 * similarities(bank, features)
+
+
+def select(
+  values: Float[Array, "b k"], rows: Int[Array, "b m"]
+) -> Float[Array, "b m"]:
+  """`values[i, rows[i]]` of column-sharded values, on every device."""
+
+  def shard(values, rows):
+    own, local = _own_rows(rows, values.shape[1])
+    picked = jnp.take_along_axis(values, jnp.where(own, local, 0), axis=1)
+    return lax.psum(jnp.where(own, picked, 0), sharding.AXIS)
+
+  return sharding.per_shard(shard, (_BY_COLUMN, _COPY), _COPY)(values, rows)
+
+
+def nearest(
+  distances: Float[Array, "b k"], num: int
+) -> tuple[Float[Array, "b {num}"], Int[Array, "b {num}"]]:
+  """The `num` smallest of column-sharded distances, in ascending order.
+
+  Every device sorts out its own nearest rows, then the candidates are merged;
+  of equal distances the lower row comes first, on any number of devices.
+
+  Returns:
+    The distances and their rows.
+  """
+
+  def shard(distances):
+    k = distances.shape[1]
+    values, rows = lax.top_k(-distances, min(num, k))
+    rows = rows + lax.axis_index(sharding.AXIS) * k
+    gather = lambda x: lax.all_gather(x, sharding.AXIS, axis=1, tiled=True)
+    values, order = lax.top_k(gather(values), num)
+    rows = jnp.take_along_axis(gather(rows), order, axis=1)
+    return -values[None], rows[None]
+
+  # Every device holds the same result; the first one's is taken.
+  out = sharding.per_shard(shard, (_BY_COLUMN,), (_BY_ROW, _BY_ROW))(distances)
+  return out[0][0], out[1][0]
+
+
+def write(
+  bank: Float[Array, "k *d"],
+  rows: Int[Array, " b"],
+  features: Float[Array, "b *d"],
+  momentum: float,
+) -> Float[Array, "k *d"]:
+  """Momentum writes, one after the other in the order of the batch.
+
+  Each is `bank[r] = normalize(momentum * bank[r] + (1 - momentum) * f)`, where
+  a row that occurs again sees its earlier writes, as in the references'
+  backward passes. Writes to different rows do not see each other, so all
+  first writes happen at once, then all second ones, and so on.
+
+  Args:
+    bank: unit vectors along the last axis.
+    rows: row of each feature; a negative one writes nothing.
+    features: what is written.
+    momentum: weight of the old value, in [0, 1).
+
+  Returns:
+    The bank after the writes.
+  """
+
+  def shard(bank, rows, features):
+    own, local = _own_rows(rows, bank.shape[0])
+    nowhere = bank.shape[0]
+    earlier = jnp.tril(rows[:, None] == rows[None, :], -1) & own
+    turn = jnp.where(own, jnp.sum(earlier, axis=1), -1)
+
+    def write_turn(i, bank):
+      at = jnp.where(turn == i, local, nowhere)
+      old = bank.at[at].get(mode="fill", fill_value=0)
+      new = normalize(momentum * old + (1 - momentum) * features)
+      return bank.at[at].set(new, mode="drop")
+
+    return lax.fori_loop(0, jnp.max(turn) + 1, write_turn, bank)
+
+  return sharding.per_shard(shard, (_BY_ROW, _COPY, _COPY), _BY_ROW)(
+    bank, rows, lax.stop_gradient(features)
+  )
+
+
+def _own_rows(rows, num_local):
+  """Which rows lie on this device, and their position there."""
+  local = rows - lax.axis_index(sharding.AXIS) * num_local
+  return (local >= 0) & (local < num_local), local

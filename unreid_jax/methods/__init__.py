@@ -1,0 +1,82 @@
+"""A method is one file with `Hyperparameters` and `make(**hyperparameters)`.
+
+`make("selective")` imports `unreid_jax.methods.selective`; there is nothing to
+register. The defaults stand in the file's `Hyperparameters`.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from unreid_jax import UserError
+
+
+@struct.dataclass
+class Batch:
+  """One step's images, their positions in the train set and their labels."""
+
+  images: UInt8[Array, "b h w c"]
+  indices: Int[Array, " b"]
+  labels: Int[Array, " b"]
+  camids: Int[Array, " b"]
+
+
+class Method(NamedTuple):
+  """Pure functions, in the order in which a run calls them.
+
+  `features` is what the encoder returns: an array [b, d], or a dict of them.
+  `state` is the method's own pytree of arrays: banks, counters, networks.
+  """
+
+  init: Callable  # (key, features of all images as ShapeDtypeStructs) -> state
+  encode: Callable  # (epoch) -> "train", "eval": batch-norm mode; None: skip
+  label: Callable  # (state, features, camids) -> labels[n], host; -1 = outlier
+  refresh: Callable  # (state, features, labels, camids) -> state, jitted
+  loss: Callable  # (state, features, batch, key) -> loss, metrics
+  update: Callable  # (state, features, batch, key) -> state, after the gradient
+  distance: Callable  # (query, gallery, query camids, gallery camids) -> [q, g]
+
+
+def euclidean_distance(
+  query: Float[Array, "q d"],
+  gallery: Float[Array, "g d"],
+  query_camids: Int[Array, " q"],
+  gallery_camids: Int[Array, " g"],
+) -> Float[Array, "q g"]:
+  """Squared Euclidean distance of unit features; cameras play no part."""
+  del query_camids, gallery_camids
+  return 2 - 2 * jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
+
+
+def make(name: str, **hyperparameters) -> Method:
+  """The method of that name.
+
+  Args:
+    name: a module in this package, such as "selective".
+    **hyperparameters: fields of the module's `Hyperparameters`.
+
+  Raises:
+    UserError: no such method.
+    TypeError: no such hyper-parameter.
+  """
+  return _module(name).make(**hyperparameters)
+
+
+def defaults(name: str) -> dict:
+  """Every hyper-parameter of a method with its default."""
+  fields = dataclasses.fields(_module(name).Hyperparameters)
+  return {field.name: field.default for field in fields}
+
+
+def _module(name):
+  known = [module.name for module in pkgutil.iter_modules(__path__)]
+  if name not in known:
+    raise UserError(f'no method "{name}"; there are: {", ".join(known)}')
+  return importlib.import_module(f"{__name__}.{name}")

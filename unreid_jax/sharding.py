@@ -1,0 +1,54 @@
+"""The mesh and its two shardings: rows over the devices, or a copy on each."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unreid_jax import UserError
+
+AXIS = "data"
+ROWS = P(AXIS)  # batches and banks: the first axis is split
+COPY = P()  # parameters: everywhere the same
+
+
+def make_mesh(num_devices: int = 0) -> Mesh:
+  """One axis, "data", over the first `num_devices` devices (0: all)."""
+  devices = jax.devices()
+  if num_devices > len(devices):
+    raise UserError(
+      f"num_devices={num_devices}, but JAX sees {len(devices)} "
+      f"{devices[0].platform} device(s): lower it, or 0 takes them all"
+    )
+  devices = devices[: num_devices or None]
+  return jax.make_mesh(
+    (len(devices),), (AXIS,), (AxisType.Auto,), devices=devices
+  )
+
+
+def per_shard(function: Callable, in_specs, out_specs) -> Callable:
+  """`jax.shard_map` over the mesh of `jax.set_mesh`, or over one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    mesh = make_mesh(1)
+  return jax.shard_map(
+    function, mesh=mesh, in_specs=in_specs, out_specs=out_specs
+  )
+
+
+def constrain_rows(array: jax.Array) -> jax.Array:
+  """Splits the first axis over the mesh of `jax.set_mesh`, if there is one."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return array
+  return jax.lax.with_sharding_constraint(array, ROWS)
+
+
+def put_rows(mesh: Mesh, array: np.ndarray, rows: np.ndarray) -> jax.Array:
+  """`array[rows]` on the devices, of which each reads only its own part."""
+  return jax.make_array_from_callback(
+    (len(rows), *array.shape[1:]),
+    NamedSharding(mesh, ROWS),
+    lambda index: np.asarray(array[rows[index[0]]]),
+  )

@@ -1,0 +1,124 @@
+"""From a config to what a run is made of: its parts and its first state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from unreid_jax import UserError, evaluate, methods, models, optim, sharding
+from unreid_jax.config import to_steps
+from unreid_jax.data import augment
+from unreid_jax.methods import Method
+from unreid_jax.models import pretrained
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that a step changes: arrays, and nothing else."""
+
+  step: Int[Array, ""]
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  method: Any
+
+  @property
+  def variables(self) -> dict:
+    """What the encoder is applied to."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Parts(NamedTuple):
+  """What a run is made of; none of it changes."""
+
+  config: ConfigDict
+  mesh: Mesh
+  encoder: Any
+  method: Method  # `refresh` and `distance` are jitted
+  optimizer: optax.GradientTransformation
+  augment: Callable  # (key, images u8) -> images f32
+  encode: dict[str, Callable]  # batch-norm mode -> jitted encode step
+  steps_per_epoch: int
+
+
+def build(
+  config: ConfigDict, num_images: int, steps_per_epoch: int
+) -> tuple[Parts, TrainState]:
+  """The parts of a run on the mesh of `jax.set_mesh`, and its first state."""
+  mesh = jax.sharding.get_mesh()
+  if config.batch_size % mesh.size or memory.ROW_MULTIPLE % mesh.size:
+    raise UserError(
+      f"{mesh.size} devices do not divide batch_size={config.batch_size} and "
+      f"{memory.ROW_MULTIPLE} rows of a bank: change num_devices or batch_size"
+    )
+  options = {
+    section: {
+      key: to_steps(value, steps_per_epoch)
+      for key, value in config[section].items()
+    }
+    for section in ("method", "optim", "encoder")
+  }
+  weights = options["encoder"].pop("pretrained")
+  encoder = models.make(**options["encoder"])
+  optimizer = optim.make(**options["optim"])
+  method = methods.make(**options["method"])
+  state = _first_state(
+    config, num_images, encoder, optimizer, method, weights
+  )
+  state = jax.device_put(state, shardings(mesh, state))
+  augment_images = functools.partial(augment.augment, **config.augment)
+  copies = NamedSharding(mesh, sharding.COPY)
+  encode = {
+    mode: jax.jit(step(encoder, augment_images), out_shardings=copies)
+    for mode, step in evaluate.ENCODE_STEPS.items()
+  }
+  method = method._replace(
+    refresh=jax.jit(method.refresh, out_shardings=shardings(mesh, state.method)),
+    distance=jax.jit(method.distance),
+  )
+  parts = Parts(
+    config=config,
+    mesh=mesh,
+    encoder=encoder,
+    method=method,
+    optimizer=optimizer,
+    augment=augment_images,
+    encode=encode,
+    steps_per_epoch=steps_per_epoch,
+  )
+  return parts, state
+
+
+def shardings(mesh: Mesh, tree):
+  """Where each array belongs: a bank's rows are split, the rest is copied."""
+  rows = NamedSharding(mesh, sharding.ROWS)
+  copies = NamedSharding(mesh, sharding.COPY)
+
+  def of(x):
+    split = mesh.size > 1 and x.sharding.is_equivalent_to(rows, x.ndim)
+    return rows if split else copies
+
+  return jax.tree.map(of, tree)
+
+
+def _first_state(config, num_images, encoder, optimizer, method, weights):
+  key, method_key = jax.random.split(jax.random.key(config.seed))
+  shape = (config.dataset.height, config.dataset.width, 3)
+  variables = jax.jit(encoder.init)(key, jnp.zeros((1, *shape)))
+  if weights:
+    variables = pretrained.load(weights, variables)
+  images = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32)
+  features = jax.eval_shape(encoder.apply, variables, images)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    opt_state=jax.jit(optimizer.init)(variables["params"]),
+    method=jax.jit(lambda key: method.init(key, features))(method_key),
+    **variables,
+  )

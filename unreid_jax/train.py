@@ -1,0 +1,243 @@
+"""A run, from the images to the last checkpoint: read `train` first."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from unreid_jax import UserError, data, evaluate, sharding
+from unreid_jax.checkpoint import Checkpoints, Preemption
+from unreid_jax.config import claim, to_steps
+from unreid_jax.data import sampler
+from unreid_jax.methods import Batch
+from unreid_jax.state import Parts, TrainState, build, shardings
+from unreid_jax.writer import Writer
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop, and it did, with everything saved."""
+
+
+def make_train_step(parts: Parts) -> Callable:
+  """`step(state, batch, key) -> state, metrics`, pure, for any mesh."""
+
+  def train_step(state: TrainState, batch: Batch, key: Array):
+    step_key = jax.random.fold_in(key, state.step)
+    augment_key, method_key = jax.random.split(step_key)
+    images = parts.augment(augment_key, batch.images)
+
+    def loss_of(params):
+      features, updated = parts.encoder.apply(
+        {"params": params, "batch_stats": state.batch_stats},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+      )
+      loss, metrics = parts.method.loss(
+        state.method, features, batch, method_key
+      )
+      return loss, (features, updated["batch_stats"], metrics)
+
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (features, batch_stats, metrics)), grads = grad(state.params)
+    updates, opt_state = parts.optimizer.update(
+      grads, state.opt_state, state.params
+    )
+    new_state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      method=parts.method.update(state.method, features, batch, method_key),
+    )
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)} | metrics
+    return new_state, metrics
+
+  return train_step
+
+
+def compile_step(parts: Parts, state: TrainState, key: Array) -> Callable:
+  """The train step for this state, compiled; it gives the old state away."""
+  config, mesh = parts.config, parts.mesh
+  array = functools.partial(
+    jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, sharding.ROWS)
+  )
+  shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
+  indices = array(shape[:1], jnp.int32)
+  batch = Batch(array(shape, jnp.uint8), indices, indices, indices)
+  out = shardings(mesh, state), NamedSharding(mesh, sharding.COPY)
+  step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=out)
+  return step.lower(state, batch, key).compile()
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+  """Trains, evaluates and saves; goes on from WORKDIR's last checkpoint.
+
+  Raises:
+    UserError: bad input, or a loss or a gradient that is not finite.
+    Interrupted: a signal asked to stop; the same call goes on.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
+    claim(workdir, config)
+    writer = stack.enter_context(Writer(workdir))
+    checkpoints = stack.enter_context(Checkpoints(workdir))
+    preemption = stack.enter_context(Preemption())
+    dataset = load_dataset(config, writer)
+    images, camids = dataset.train.images, dataset.train.camids
+    indices = np.arange(len(images), dtype=np.int32)
+    plan = lambda epoch: sampler.shuffled(
+      len(images), config.batch_size, config.seed, epoch
+    )
+    steps_per_epoch = len(plan(0))
+    end = config.epochs * steps_per_epoch
+    parts, state = build(config, len(images), steps_per_epoch)
+    key, fill_key = jax.device_put(
+      tuple(jax.random.split(jax.random.key(config.seed))),
+      NamedSharding(parts.mesh, sharding.COPY),
+    )
+    labels = np.full(len(images), -1, np.int32)
+    if checkpoints.step("last") is not None:
+      saved = checkpoints.restore("last", {"state": state, "labels": labels})
+      state, labels = saved["state"], np.asarray(saved["labels"])
+    step = int(state.step)
+    writer.resume(step)
+    if step:
+      writer.log(f"goes on after step {step} of {end}")
+    else:
+      evaluate_now(parts, state, dataset, writer)
+
+    train_step = compile_step(parts, state, key)
+    due = {
+      what: to_steps(config[f"{what}_every"], steps_per_epoch) or end
+      for what in ("evaluate", "checkpoint", "log")
+    }
+    stop = False
+    while step < end and not stop:
+      epoch, done = divmod(step, steps_per_epoch)
+      if done == 0 and (mode := parts.method.encode(epoch)):
+        state, labels = relabel(
+          parts, state, dataset.train, mode, fill_key, writer
+        )
+      pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
+      pause = min(end, *(step - step % every + every for every in pauses))
+      rows_of_steps = plan(epoch)[done : done + pause - step]
+      title, latest = f"epoch {epoch + 1}/{config.epochs}", None
+      for rows in writer.track(rows_of_steps, title, scale=config.batch_size):
+        arrays = (images, indices, labels, camids)
+        batch = Batch(*(sharding.put_rows(parts.mesh, x, rows) for x in arrays))
+        previous, (state, latest) = latest, train_step(state, batch, key)
+        check_finite(previous, step)  # one late: the device has work meanwhile
+        step += 1
+        if step % due["log"] == 0:
+          writer.write(step, "train", jax.device_get(latest))
+        if stop := preemption.requested(step):
+          break
+      check_finite(latest, step)
+      saved = {"state": state, "labels": labels}
+      if step == end or step % due["evaluate"] == 0:
+        is_best = evaluate_now(parts, state, dataset, writer)
+        if is_best:
+          checkpoints.save("best", step, saved)
+      if stop or step == end or step % due["checkpoint"] == 0:
+        checkpoints.save("last", step, saved)
+    if stop and step < end:
+      raise Interrupted(f"stopped after step {step} of {end}, which is saved")
+    writer.table(writer.history("evaluate"))
+    if dataset.query is None:
+      export_features(parts, state, dataset.train, workdir, writer)
+
+
+def score(config: ConfigDict, workdir: str) -> None:
+  """Scores WORKDIR's last and best checkpoint; `--mode=evaluate`."""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
+    checkpoints = stack.enter_context(Checkpoints(workdir))
+    if checkpoints.step("last") is None:
+      raise UserError(f"{workdir} holds no checkpoint: train there first")
+    writer = stack.enter_context(Writer(workdir))
+    dataset = load_dataset(config, writer)
+    parts, state = build(config, len(dataset.train.images))
+    rows = []
+    for which in ("last", "best"):
+      state = checkpoints.restore(which, state)
+
+
+def load_dataset(config: ConfigDict, writer: Writer) -> data.Dataset:
+  """The images of `config.dataset`, decoded or from the cache."""
+  return data.load(**config.dataset, track=writer.track)
+
+
+def relabel(
+  parts: Parts,
+  state: TrainState,
+  train_set: data.Split,
+  mode: str,
+  key: Array,
+  writer: Writer,
+) -> tuple[TrainState, Int[np.ndarray, " n"]]:
+  """Encodes the train set, labels it and refreshes the method's banks.
+
+  In the mode "train" the images come shuffled and augmented, in training
+  batches, and the running statistics of batch norm move on.
+  """
+  config, order = parts.config, np.arange(len(train_set.images))
+  batch_size = config.evaluate_batch_size
+  if mode == "train":
+    batch_size = config.batch_size
+    np.random.default_rng(config.seed).shuffle(order)
+  variables, features = evaluate.encode(
+    parts.encode[mode],
+    state.variables,
+    train_set.images,
+    order,
+    batch_size,
+    key,
+    functools.partial(
+      writer.track, description="encode train", scale=batch_size
+    ),
+  )
+  labels = parts.method.label(state.method, features, train_set.camids)
+  labels = np.asarray(labels, np.int32)
+  banks = parts.method.refresh(
+    state.method, features, labels, train_set.camids
+  )
+  stats = variables["batch_stats"]
+  return state.replace(batch_stats=stats, method=banks), labels
+
+
+def evaluate_now(
+  parts: Parts, state: TrainState, dataset: data.Dataset, writer: Writer
+) -> bool:
+  """Scores the encoder, if the dataset has queries; True: the best so far."""
+  if dataset.query is None:
+    return False
+  scores = evaluate.evaluate(
+    parts.encode["eval"],
+    state.variables,
+    dataset,
+    parts.method.distance,
+    parts.config.evaluate_batch_size,
+    writer.track,
+  )
+  trained = [x["mAP"] for x in writer.history("evaluate") if x["step"]]
+  writer.write(int(state.step), "evaluate", scores)
+  writer.log("  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items()))
+  return bool(state.step) and scores["mAP"] > max(trained, default=-1)
+
+
+def check_finite(metrics: dict[str, Array] | None, step: int) -> None:
+  """Stops a run whose loss or gradient is not finite, before it is saved."""
+  for name in ("loss", "grad_norm"):
+    if metrics and not np.isfinite(metrics[name]):
+      raise UserError(
+        f"{name} is {metrics[name]} at step {step}: the run stops, its last "
+        "good checkpoint stays; lower optim.lr or look at the images"
+      )
