@@ -8,7 +8,7 @@ import re
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from unreid_jax import UserError
@@ -30,6 +30,7 @@ _STOPPED = 75  # the exit status of a run that was told to stop and can go on
 
 
 def main(argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")

@@ -45,7 +45,7 @@ def test_a_bank_is_padded_the_same_on_any_number_of_devices(mesh, bank):
 
 
 def test_selected_similarities_and_their_gradient(mesh, bank, features, rng):
-  rows = rng.integers(0, N, (B, 9)).astype(np.int32)
+  rows = jnp.asarray(rng.integers(0, N, (B, 9)).astype(np.int32))
   weights = rng.standard_normal((B, 9), np.float32)
 
   @jax.jit

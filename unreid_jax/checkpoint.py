@@ -11,29 +11,37 @@ from jax.experimental import multihost_utils
 class Checkpoints:
   """WORKDIR/checkpoints/last and .../best, one checkpoint each.
 
-  A checkpoint is a pytree of arrays. It counts once it is whole: what a killed
+  A checkpoint is a pytree of arrays and counts once it is whole: what a killed
   run left half-written is ignored. It can be restored on another number of
   devices.
   """
 
   def __init__(self, workdir: str):
     folder = pathlib.Path(workdir).resolve() / "checkpoints"
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=1, create=True, enable_async_checkpointing=False
+    )
     self._managers = {
       which: ocp.CheckpointManager(folder / which, options=options)
       for which in ("last", "best")
     }
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    for manager in self._managers.values():
+      manager.close()
 
   def step(self, which: str) -> int | None:
     """Step of the "last" or the "best" checkpoint, None if there is none."""
     return self._managers[which].latest_step()
 
   def save(self, which: str, step: int, tree) -> None:
-    """Saves in the background; the arrays may be donated right after."""
+    """Saves, unless a crashed run had come to the same checkpoint before."""
     manager = self._managers[which]
-    if step in manager.all_steps():
-      return  # a rerun after a crash reaches the same state again
-    manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+    if step not in manager.all_steps():
+      manager.save(step, args=ocp.args.StandardSave(tree), force=True)
 
   def restore(self, which: str, like):
     """The checkpoint, with the shapes and shardings of `like`."""
@@ -41,29 +49,31 @@ class Checkpoints:
     args = ocp.args.StandardRestore(abstract)
     return self._managers[which].restore(self.step(which), args=args)
 
-  def close(self) -> None:
-    """Waits until everything is on disk."""
-    for manager in self._managers.values():
-      manager.close()
-
 
 class Preemption:
   """Turns SIGTERM and SIGINT into a question asked between two steps.
 
   On several hosts a notice to one of them is a notice to all, through JAX's
-  coordination service; all stop after the same step.
+  coordination service, and all stop after the same step.
   """
 
-  def __init__(self):
+  _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+  def __enter__(self):
     self._notified = False
+    self._old = {}
     if jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, self._notice)
+      self._old = {n: signal.signal(n, self._notice) for n in self._SIGNALS}
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
 
   def _notice(self, number, frame):
     del frame
     self._notified = True
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
+    signal.signal(number, self._old[number])  # a second one ends it at once
 
   def requested(self, step: int) -> bool:
     """Whether to save and stop after this step."""

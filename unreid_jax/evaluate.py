@@ -49,6 +49,7 @@ def encode(
   order: np.ndarray,
   batch_size: int,
   key: jax.Array,
+  title: str,
   track: Callable,
 ):
   """Runs `step` over all images.
@@ -60,7 +61,8 @@ def encode(
     order: a permutation of [n], the order in which they are run.
     batch_size: images a step; the last batch is filled up with repetitions.
     key: of the first batch; the others' are folded from it.
-    track: draws the progress bar over the batches.
+    title: of the progress bar.
+    track: draws it, as `writer.Writer.track`.
 
   Returns:
     The variables after the last step, and the features on the host, [n, ...]
@@ -68,7 +70,8 @@ def encode(
   """
   mesh = jax.sharding.get_mesh()
   parts = []
-  for start in track(range(0, len(order), batch_size)):
+  starts = range(0, len(order), batch_size)
+  for start in track(starts, title, total=len(order), scale=batch_size):
     rows = order[np.arange(start, start + batch_size) % len(order)]
     batch = sharding.put_rows(mesh, images, rows)
     step_key = jax.random.fold_in(key, start)
@@ -94,12 +97,13 @@ def score(
     gallery_features: likewise [g, ...].
     query: whose pids and camids are used.
     gallery: likewise.
-    distance: a method's `distance`.
-    track: draws the progress bar over the blocks of queries.
+    distance: a method's `distance`, jitted.
+    track: draws the progress bar, as `writer.Writer.track`.
   """
-  distance = jax.jit(distance)
   parts = []
-  for start in track(range(0, len(query.pids), _QUERIES)):
+  starts = range(0, len(query.pids), _QUERIES)
+  scale = {"total": len(query.pids), "scale": _QUERIES, "unit": "queries"}
+  for start in track(starts, "rank", **scale):
     q, q_camids = _block((query_features, query.camids), start, _QUERIES)
     row = np.empty((len(q_camids), len(gallery.pids)), np.float32)
     for first in range(0, len(gallery.pids), _GALLERY):
@@ -135,16 +139,16 @@ def evaluate(
   track: Callable,
 ) -> dict[str, float]:
   """Encodes query and gallery and scores them under the Market protocol."""
-  key = jax.random.key(0)  # not used
+  key = jax.random.key(0)  # for no use: test-time encoding draws nothing
   features = []
   for name in ("query", "gallery"):
     images = getattr(dataset, name).images
-    bar = lambda x, name=name: track(x, f"encode {name}", batch_size)
-    order = np.arange(len(images))
-    _, encoded = encode(step, variables, images, order, batch_size, key, bar)
+    order, title = np.arange(len(images)), f"encode {name}"
+    _, encoded = encode(
+      step, variables, images, order, batch_size, key, title, track
+    )
     features.append(encoded)
-  bar = lambda x: track(x, "rank", _QUERIES)
-  return score(*features, dataset.query, dataset.gallery, distance, bar)
+  return score(*features, dataset.query, dataset.gallery, distance, track)
 
 
 def _block(tree, start, size):

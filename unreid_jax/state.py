@@ -12,7 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, evaluate, methods, models, optim, sharding
+from unreid_jax import (
+  UserError,
+  evaluate,
+  memory,
+  methods,
+  models,
+  optim,
+  sharding,
+)
 from unreid_jax.config import to_steps
 from unreid_jax.data import augment
 from unreid_jax.methods import Method

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -111,8 +113,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     writer.resume(step)
     if step:
       writer.log(f"goes on after step {step} of {end}")
-    else:
-      evaluate_now(parts, state, dataset, writer)
+    elif dataset.query is not None:
+      writer.write(0, "evaluate", evaluate_now(parts, state, dataset, writer))
 
     train_step = compile_step(parts, state, key)
     due = {
@@ -143,31 +145,46 @@ def train(config: ConfigDict, workdir: str) -> None:
       check_finite(latest, step)
       saved = {"state": state, "labels": labels}
       if step == end or step % due["evaluate"] == 0:
-        is_best = evaluate_now(parts, state, dataset, writer)
-        if is_best:
-          checkpoints.save("best", step, saved)
+        if dataset.query is None:
+          export_features(parts, state, dataset.train, workdir, writer)
+        else:
+          scores = evaluate_now(parts, state, dataset, writer)
+          if is_best(scores, writer.history("evaluate")):
+            checkpoints.save("best", step, saved)
+          writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, saved)
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
-    if dataset.query is None:
-      export_features(parts, state, dataset.train, workdir, writer)
 
 
 def score(config: ConfigDict, workdir: str) -> None:
-  """Scores WORKDIR's last and best checkpoint; `--mode=evaluate`."""
+  """Scores WORKDIR's last and best checkpoint; trains and changes nothing."""
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
+    if not pathlib.Path(workdir).is_dir():
+      raise UserError(f"{workdir} is no folder: give a trained run's --workdir")
+    claim(workdir, config)
+    writer = stack.enter_context(Writer(workdir))
     checkpoints = stack.enter_context(Checkpoints(workdir))
     if checkpoints.step("last") is None:
-      raise UserError(f"{workdir} holds no checkpoint: train there first")
-    writer = stack.enter_context(Writer(workdir))
+      raise UserError(f"{workdir} holds no checkpoint yet: train there first")
     dataset = load_dataset(config, writer)
-    parts, state = build(config, len(dataset.train.images))
+    labels = np.zeros(len(dataset.train.images), np.int32)
+    parts, state = build(config, len(labels), steps_per_epoch=1)
+    like = {"state": state, "labels": labels}
     rows = []
     for which in ("last", "best"):
-      state = checkpoints.restore(which, state)
+      if checkpoints.step(which) is None:
+        continue
+      state = checkpoints.restore(which, like)["state"]
+      if dataset.query is None:
+        export_features(parts, state, dataset.train, workdir, writer)
+      else:
+        scores = evaluate_now(parts, state, dataset, writer)
+        rows.append({"step": int(state.step)} | scores)
+    writer.table(rows)
 
 
 def load_dataset(config: ConfigDict, writer: Writer) -> data.Dataset:
@@ -200,9 +217,8 @@ def relabel(
     order,
     batch_size,
     key,
-    functools.partial(
-      writer.track, description="encode train", scale=batch_size
-    ),
+    "encode train",
+    writer.track,
   )
   labels = parts.method.label(state.method, features, train_set.camids)
   labels = np.asarray(labels, np.int32)
@@ -215,10 +231,8 @@ def relabel(
 
 def evaluate_now(
   parts: Parts, state: TrainState, dataset: data.Dataset, writer: Writer
-) -> bool:
-  """Scores the encoder, if the dataset has queries; True: the best so far."""
-  if dataset.query is None:
-    return False
+) -> dict[str, float]:
+  """Scores the encoder on query and gallery."""
   scores = evaluate.evaluate(
     parts.encode["eval"],
     state.variables,
@@ -227,10 +241,44 @@ def evaluate_now(
     parts.config.evaluate_batch_size,
     writer.track,
   )
-  trained = [x["mAP"] for x in writer.history("evaluate") if x["step"]]
-  writer.write(int(state.step), "evaluate", scores)
-  writer.log("  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items()))
-  return bool(state.step) and scores["mAP"] > max(trained, default=-1)
+  text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
+  writer.log(f"{f'step {int(state.step)}':<20}{text}")
+  return scores
+
+
+def is_best(scores: dict[str, float], history: list[dict]) -> bool:
+  """Whether no trained encoder had a higher mAP; on the test set, as usual."""
+  return scores["mAP"] > max(
+    (line["mAP"] for line in history if line["step"]), default=-1.0
+  )
+
+
+def export_features(
+  parts: Parts,
+  state: TrainState,
+  split: data.Split,
+  workdir: str,
+  writer: Writer,
+) -> None:
+  """Writes WORKDIR/features.npz: names, camids and features of a split."""
+  _, features = evaluate.encode(
+    parts.encode["eval"],
+    state.variables,
+    split.images,
+    np.arange(len(split.images)),
+    parts.config.evaluate_batch_size,
+    jax.random.key(0),
+    "encode",
+    writer.track,
+  )
+  if not isinstance(features, dict):
+    features = {"features": features}
+  path = pathlib.Path(workdir) / "features.npz"
+  if jax.process_index() == 0:
+    with open(path.with_suffix(".partial"), "wb") as file:
+      np.savez(file, names=split.names, camids=split.camids, **features)
+    os.replace(path.with_suffix(".partial"), path)
+  writer.log(f"features of {len(split.names)} images in {path}")
 
 
 def check_finite(metrics: dict[str, Array] | None, step: int) -> None:

@@ -102,18 +102,18 @@ def make(**hyperparameters) -> Method:
 def init(key: Array, features: dict[str, jax.ShapeDtypeStruct]) -> State:
   """Empty banks for these features, "global" [n, d] and "local" [n, s, e]."""
   del key
-  zeros = {k: memory.create(jnp.zeros(x.shape)) for k, x in features.items()}
   dim, local_dim = features["global"].shape[1], features["local"].shape[1:]
   if dim != np.prod(local_dim):
     raise UserError(
       "one mixture bank serves both branches: set encoder.embedding_dim to "
       f"{np.prod(local_dim)}, the dimension of all stripes; it is {dim}"
     )
+  empty = lambda name: memory.create(jnp.zeros(features[name].shape))
   return State(
-    global_bank=zeros["global"],
-    local_bank=zeros["local"],
-    mixture=jnp.zeros_like(zeros["global"]),
-    camids=jnp.full(len(zeros["global"]), -1, jnp.int32),
+    global_bank=empty("global"),
+    local_bank=empty("local"),
+    mixture=empty("global"),
+    camids=jnp.full(memory.capacity(features["global"].shape[0]), -1, jnp.int32),
     step=jnp.zeros((), jnp.int32),
   )
 

@@ -1,0 +1,108 @@
+"""Cameras of the synthetic set: each with a scene, an optic, a sensor."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy import ndimage
+
+HEIGHT, WIDTH = 128, 64
+
+TOPS = (
+  (0.70, 0.10, 0.10), (0.12, 0.28, 0.68), (0.12, 0.45, 0.18),
+  (0.88, 0.74, 0.14), (0.92, 0.92, 0.90), (0.09, 0.09, 0.11),
+  (0.50, 0.50, 0.52), (0.90, 0.42, 0.08), (0.44, 0.16, 0.55),
+  (0.92, 0.52, 0.64), (0.08, 0.52, 0.52), (0.42, 0.27, 0.15),
+)  # fmt: skip
+BOTTOMS = (
+  (0.08, 0.08, 0.10), (0.18, 0.26, 0.46), (0.66, 0.57, 0.40),
+  (0.42, 0.42, 0.44), (0.86, 0.86, 0.84), (0.40, 0.10, 0.14),
+)  # fmt: skip
+
+
+class Camera(NamedTuple):
+  """What stays the same from person to person."""
+
+  scene: Float[np.ndarray, "scene_h scene_w 3"]
+  gains: Float[np.ndarray, " 3"]
+  gamma: float
+  blur: float
+  scale: float
+  pitch: float
+  heading: float
+  light: float
+
+
+def make_rng(*key: int) -> np.random.Generator:
+  return np.random.Generator(np.random.PCG64(key))
+
+
+def pick_colour(rng: np.random.Generator, colours, jitter: float = 0.04):
+  colour = np.asarray(colours[rng.integers(len(colours))], np.float32)
+  shift = rng.uniform(-jitter, jitter, 3).astype(np.float32)
+  return np.clip(colour + shift, 0, 1)
+
+
+def make_cameras(seed: int, count: int) -> list[Camera]:
+  """Casts, exposures, blurs, scales and pitches are spread, then shuffled."""
+  rng = make_rng(seed, 0)
+  spread = [rng.permutation(count) / max(count - 1, 1) for _ in range(5)]
+  turns = rng.permutation(count)[:, None] / count + np.arange(3) / 3
+  exposure = 0.75 * 1.5 ** spread[0]
+  gains = exposure[:, None] * (1 + 0.13 * np.cos(2 * np.pi * turns))
+  return [
+    Camera(
+      scene=_scene(rng),
+      gains=gains[i].astype(np.float32),
+      gamma=0.85 + 0.3 * spread[1][i],
+      blur=0.3 + 0.7 * spread[2][i],
+      scale=0.78 + 0.16 * spread[3][i],
+      pitch=0.05 + 0.4 * spread[4][i],
+      heading=2 * np.pi * (i + rng.uniform()) / count,
+      light=rng.uniform(-1, 1),
+    )
+    for i in range(count)
+  ]
+
+
+def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
+  """A wall above a ground, four crops wide, with doors and posts."""
+  height, width = HEIGHT + 32, 4 * WIDTH
+  horizon = int(rng.integers(45, 90))
+  y, x = np.mgrid[:height, :width].astype(np.float32)
+  wall, ground = (
+    pick_colour(rng, TOPS + BOTTOMS, 0.1),
+    pick_colour(rng, BOTTOMS, 0.1),
+  )
+  scene = np.where(y[..., None] < horizon, wall, ground) * 0.6 + 0.2
+  # Bricks or panels on the wall, tiles that shrink with distance below it.
+  bricks = rng.integers(6, 28, 2)
+  lines = (y % bricks[0] < 1.5) | ((x + y // bricks[0] * 9) % bricks[1] < 1.5)
+  depth = np.maximum(y - horizon, 1)
+  tiles = (np.floor(700 / depth) + np.floor((x - width / 2) * 9 / depth)) % 2
+  amount = rng.uniform(-0.16, 0.16, 2).astype(np.float32)
+  scene += np.where(y < horizon, lines * amount[0], tiles * amount[1])[
+    ..., None
+  ]
+  for _ in range(int(rng.integers(4, 9))):
+    left, top = int(rng.integers(width)), int(rng.integers(horizon - 30))
+    right, low = left + int(rng.integers(6, 45)), horizon - int(rng.integers(9))
+    scene[top:low, left:right] = pick_colour(rng, TOPS + BOTTOMS) * 0.8
+    scene[top + 2 : low - 2, left + 2 : right - 2] *= rng.uniform(0.5, 0.9)
+  grey = scene.mean(-1, keepdims=True)
+  scene += 0.6 * (grey - scene)
+  clouds = rng.random((height, width, 1), np.float32) - 0.5
+  clouds = 14 * ndimage.gaussian_filter(clouds, (9, 9, 0))
+  grain = 0.12 * (rng.random((height, width, 1), np.float32) - 0.5)
+  return np.clip(scene + 0.3 * clouds + grain, 0, 1).astype(np.float32)
+
+
+def expose(
+  rng: np.random.Generator, canvas, camera: Camera
+) -> UInt8[np.ndarray, "h w 3"]:
+  sigma = camera.blur * rng.uniform(0.8, 1.3)
+  canvas = ndimage.gaussian_filter(canvas, (sigma, sigma, 0))
+  gains = camera.gains * np.float32(rng.uniform(0.9, 1.1))
+  image = gains * np.clip(canvas, 0, 1) ** np.float32(camera.gamma)
+  image += 0.05 * (rng.random(image.shape, np.float32) - 0.5)
+  return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)

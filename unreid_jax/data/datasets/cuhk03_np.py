@@ -1,0 +1,21 @@
+"""CUHK03, new protocol: Li et al., CVPR 2014; Zhong et al., CVPR 2017."""
+
+from unreid_jax.data.datasets import layout
+from unreid_jax.data.images import File
+
+
+class CUHK03NP(layout.Builder):
+  """CUHK03-NP: 1,467 people under 2 cameras; boxes detected or labeled."""
+
+  name = "cuhk03_np"
+  SIZES = {  # noqa: RUF012
+    "detected": (7_365, 1_400, 5_332),
+    "labeled": (7_368, 1_400, 5_328),
+  }
+
+  def find(self, root: str, version: str) -> dict[str, list[File]]:
+    """A root without folders named after versions is taken as it is."""
+    folders = [f"cuhk03-np/{version}", version, "cuhk03-np"]
+    return layout.market_files(
+      layout.locate(root, folders, "bounding_box_train")
+    )

@@ -1,0 +1,68 @@
+"""MSMT17: Wei et al., CVPR 2018."""
+
+import logging
+
+from unreid_jax import UserError
+from unreid_jax.data.datasets import layout
+from unreid_jax.data.images import File
+
+_FOLDERS = {  # of the train and the test images
+  "V1": ("train", "test"),
+  "V2": ("mask_train_v2", "mask_test_v2"),
+}
+
+
+class MSMT17(layout.Builder):
+  """MSMT17: 4,101 people under 15 cameras; train is train and val.
+
+  In V2 faces are blurred, and it scores lower than V1, which papers use. Pid 0
+  is a person as any other. Also read: V1 in Market-1501 layout.
+  """
+
+  name = "msmt17"
+  SIZES = {  # noqa: RUF012
+    "": (32_621, 11_659, 82_161),
+    "V1": (32_621, 11_659, 82_161),
+    "V2": (32_621, 11_659, 82_161),
+  }
+
+  def find(self, root: str, version: str) -> dict[str, list[File]]:
+    """Takes V1 where both are and no version is asked for."""
+    asked = [version] if version else list(_FOLDERS)
+    markers = [_FOLDERS[v][0] for v in asked]
+    if "V1" in asked:
+      markers.append("bounding_box_train")
+    folder = layout.locate(root, [f"MSMT17_{v}" for v in asked], *markers)
+    if (folder / "bounding_box_train").is_dir():
+      return layout.market_files(folder)
+    found = next(v for v in asked if (folder / _FOLDERS[v][0]).is_dir())
+    if found == "V2":
+      logging.getLogger(__name__).warning(
+        "msmt17: %s is V2, with blurred faces: scores are lower than on V1, "
+        "with which papers compare", folder,
+      )  # fmt: skip
+    train, test = (folder / name for name in _FOLDERS[found])
+    return {
+      "train": _listed(folder, train, "list_train.txt", "list_val.txt"),
+      "query": _listed(folder, test, "list_query.txt"),
+      "gallery": _listed(folder, test, "list_gallery.txt"),
+    }
+
+
+def _listed(folder, images, *lists: str) -> list[File]:
+  """Lines like "0000/0000_000_01_0303morning_0008_0.jpg 0": camera 1, pid 0."""
+  files = []
+  for name in lists:
+    if not (folder / name).is_file():
+      raise UserError(f"{folder / name} is missing: unpack the set again")
+    for line in (folder / name).read_text().splitlines():
+      try:
+        image, pid = line.rsplit(maxsplit=1)
+        camid = int(image.split("/")[-1].split("_")[2])
+        files.append(File(image, int(pid), camid, images / image))
+      except (ValueError, IndexError):
+        raise UserError(
+          f'{folder / name}: "{line}" is not PATH PID with the camera third in '
+          "the file's name: unpack the set again"
+        ) from None
+  return sorted(files, key=lambda file: file.name)

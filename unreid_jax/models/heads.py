@@ -1,0 +1,131 @@
+"""From a feature map to unit features: pooling, neck, stripes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unreid_jax import UserError
+from unreid_jax.models.norm import GhostBatchNorm
+
+_KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Pool(nn.Module):
+  """Average pooling, or GeM: the generalised mean with a learnable power.
+
+  GeM: Radenovic et al., TPAMI 2018; one power for all channels, init 3.
+  """
+
+  kind: str = "avg"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    x = x.astype(jnp.float32)
+    if self.kind == "avg":
+      return x.mean((1, 2))
+    p = self.param("p", nn.initializers.constant(3.0), (1,))
+    return gem(x, p)
+
+
+def gem(
+  x: Float[Array, "b h w c"], p: Float[Array, " 1"]
+) -> Float[Array, "b c"]:
+  """Generalised mean over the pixels: mean(max(x, 1e-6) ** p) ** (1 / p)."""
+  x = jnp.maximum(x, 1e-6)
+  # Relative to the maximum no power underflows, which made NaN gradients.
+  top = jax.lax.stop_gradient(x.max((1, 2), keepdims=True))
+  return top[:, 0, 0] * ((x / top) ** p).mean((1, 2)) ** (1 / p)
+
+
+def l2_normalise(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+  """Unit rows; a zero row stays zero, with a finite gradient."""
+  norm = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(norm, 1e-24))
+
+
+class Neck(nn.Module):
+  """Pooling, batch norm with frozen bias, L2: features [b, d].
+
+  Source: "BNNeck" of Luo et al., CVPRW 2019, as in Cluster Contrast.
+  """
+
+  pooling: str = "avg"
+  bn_group_size: int = 0
+  bn_running: str = "first"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], train: bool
+  ) -> Float[Array, "b d"]:
+    x = Pool(self.pooling, name="pool")(x)
+    norm = GhostBatchNorm(
+      self.bn_group_size, self.bn_running, train_bias=False, name="bn"
+    )
+    return l2_normalise(norm(x, train))
+
+
+class Stripes(nn.Module):
+  """A global embedding, and one for each of the horizontal stripes.
+
+  Each is pooling, linear, batch norm, L2; each stripe has its own weights
+  and is pooled by the average. Stripes are `height // num_stripes` rows
+  high; rows left over at the bottom are used by the global branch alone.
+
+  Source: Pang et al., TOMM 2022 (End2End_AvgPooling in their code).
+  """
+
+  pooling: str = "avg"
+  embedding_dim: int = 2048
+  stripe_dim: int = 256
+  num_stripes: int = 8
+  bn_group_size: int = 0
+  bn_running: str = "first"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], train: bool
+  ) -> dict[str, Float[Array, "b ..."]]:
+    norm_options = (self.bn_group_size, self.bn_running)
+    whole = Pool(self.pooling, name="pool")(x)
+    whole = nn.Dense(
+      self.embedding_dim, kernel_init=_KAIMING, name="embedding"
+    )(whole)
+    whole = GhostBatchNorm(*norm_options, name="embedding_bn")(whole, train)
+
+    parts = self._pool_stripes(x)
+    parts = StripeDense(self.stripe_dim, name="stripes")(parts)
+    shape = parts.shape
+    parts = GhostBatchNorm(*norm_options, name="stripes_bn")(
+      parts.reshape(shape[0], -1), train
+    ).reshape(shape)
+    return {"global": l2_normalise(whole), "local": l2_normalise(parts)}
+
+  def _pool_stripes(self, x: Float[Array, "b h w c"]) -> Float[Array, "b s c"]:
+    b, h, w, c = x.shape
+    rows = h // self.num_stripes
+    if not rows:
+      raise UserError(
+        f"the feature map has {h} rows, too few for {self.num_stripes} "
+        f"stripes: use images at least {16 * self.num_stripes - 15} pixels high"
+      )
+    x = x[:, : rows * self.num_stripes].astype(jnp.float32)
+    return x.reshape(b, self.num_stripes, rows * w, c).mean(2)
+
+
+class StripeDense(nn.Module):
+  """A linear map for each stripe, initialised as PyTorch's nn.Linear."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
+    bound = x.shape[-1] ** -0.5
+
+    def uniform(key, shape):
+      return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    shape = (*x.shape[1:], self.features)
+    kernel = self.param("kernel", uniform, shape)
+    bias = self.param("bias", uniform, shape[::2])
+    return jnp.einsum("bsc,scd->bsd", x, kernel) + bias

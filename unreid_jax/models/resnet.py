@@ -1,0 +1,106 @@
+"""ResNet and its IBN-a form, as torchvision builds them, last stride 1."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unreid_jax.models.conv import Conv, max_pool
+from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm
+
+# depth: (blocks of the four stages, bottleneck?)
+DEPTHS = {
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+}
+
+
+class ResNet(nn.Module):
+  """Images to a feature map, 16 times smaller.
+
+  He et al., CVPR 2016, in torchvision's "v1.5" form (the stride is on the
+  3x3 convolution). The last stage keeps its resolution, as in every re-ID
+  code base since Luo et al., CVPRW 2019 ("bag of tricks").
+
+  Attributes:
+    depth: 18, 34, 50, 101 or 152.
+    ibn: IBN-a: the first norm of each block of stages 1 to 3 is half
+      instance norm.
+    width: multiplies all channels; 64 * width is rounded to a multiple of 8.
+    bn_group_size, bn_running: see GhostBatchNorm.
+    dtype: of the computation; parameters are always float32.
+  """
+
+  depth: int = 50
+  ibn: bool = False
+  width: float = 1.0
+  bn_group_size: int = 0
+  bn_running: str = "first"
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b H W 3"], train: bool
+  ) -> Float[Array, "b h w c"]:
+    stages, bottleneck = DEPTHS[self.depth]
+    norm_options = (self.bn_group_size, self.bn_running)
+    base = 8 * max(1, round(8 * self.width))
+    x = Conv(base, 7, 2, name="conv1")(x.astype(jnp.dtype(self.dtype)))
+    x = GhostBatchNorm(*norm_options, name="bn1")(x, train)
+    x = max_pool(nn.relu(x))
+    for i, num_blocks in enumerate(stages):
+      for j in range(num_blocks):
+        x = Block(
+          channels=base * 2**i,
+          stride=2 if j == 0 and i in (1, 2) else 1,
+          bottleneck=bottleneck,
+          project=j == 0 and (i > 0 or bottleneck),
+          ibn=self.ibn and i < 3,
+          norm_options=norm_options,
+          name=f"layer{i + 1}_{j}",
+        )(x, train)
+    return x
+
+
+class Block(nn.Module):
+  """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1."""
+
+  channels: int
+  stride: int
+  bottleneck: bool
+  project: bool
+  ibn: bool
+  norm_options: tuple[int, str]
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b H W C"], train: bool
+  ) -> Float[Array, "b h w c"]:
+    norm = functools.partial(GhostBatchNorm, *self.norm_options)
+    first_norm = InstanceBatchNorm if self.ibn else GhostBatchNorm
+    out = 4 * self.channels if self.bottleneck else self.channels
+    if self.bottleneck:
+      convs = [
+        (self.channels, 1, 1),
+        (self.channels, 3, self.stride),
+        (out, 1, 1),
+      ]
+    else:
+      convs = [(out, 3, self.stride), (out, 3, 1)]
+    shortcut = x
+    if self.project:
+      shortcut = Conv(out, 1, self.stride, name="downsample_0")(x)
+      shortcut = norm(name="downsample_1")(shortcut, train)
+    for i, (channels, size, stride) in enumerate(convs, 1):
+      x = Conv(channels, size, stride, name=f"conv{i}")(x)
+      if i == 1:
+        x = first_norm(*self.norm_options, name="bn1")(x, train)
+      else:
+        x = norm(name=f"bn{i}")(x, train)
+      if i < len(convs):
+        x = nn.relu(x)
+    return nn.relu(x + shortcut)

@@ -1,0 +1,235 @@
+"""What a run reports: metrics, TensorBoard, a log, progress, a final table."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import tensorboardX
+from jax.typing import ArrayLike
+
+T = TypeVar("T")
+
+_PLAIN_EVERY = 15.0  # seconds between two lines of progress in a log
+_SCORES = ("mAP", "R1", "R5", "R10")
+
+
+class Writer:
+  """Reports a run on the terminal (stderr) and in its workdir.
+
+  WORKDIR/metrics.jsonl holds a JSON object a line, without times, so that it
+  is the same for a run that was interrupted; TensorBoard has the times. Of
+  several processes only the first one writes, but each knows the history.
+  """
+
+  def __init__(self, workdir: str):
+    self._folder = pathlib.Path(workdir)
+    self._path = self._folder / "metrics.jsonl"
+    self._lines = _read(self._path)
+    self._events = None
+    self._is_main = jax.process_index() == 0
+    if self._is_main:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    self._console = rich.console.Console(
+      stderr=True, force_terminal=sys.stderr.isatty()
+    )
+    console = self._console
+    self._has_bar = console.is_terminal and not console.is_dumb_terminal
+    self._bar = rich.progress.Progress(
+      "{task.description:<20}",
+      rich.progress.BarColumn(),
+      rich.progress.TaskProgressColumn(),
+      "{task.fields[rate]}",
+      rich.progress.TimeRemainingColumn(compact=True),
+      "left",
+      console=console,
+      transient=True,
+    )
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar.tasks:  # of a phase whose loop is still referred to
+      self._bar.stop()
+    if self._events:
+      self._events.close()
+
+  def resume(self, step: int) -> None:
+    """Forgets what was written after this step's checkpoint.
+
+    Lines of the step itself stay: they are written before it is saved. At
+    step 0 nothing has been saved, and nothing stays.
+    """
+    had_lines = bool(self._lines)
+    self._lines = [x for x in self._lines if step and x["step"] <= step]
+    if not self._is_main:
+      return
+    partial = self._path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(x) + "\n" for x in self._lines))
+    os.replace(partial, self._path)
+    if had_lines:
+      self._events = self._open_events(purge_step=step + 1 if step else 0)
+
+  def write(
+    self, step: int, kind: str, scalars: Mapping[str, ArrayLike]
+  ) -> None:
+    """Appends scalars: to the file at once, to TensorBoard within 10 s.
+
+    Args:
+      step: steps done.
+      kind: such as "train" or "evaluate".
+      scalars: numbers or arrays of one.
+    """
+    values = {name: float(value) for name, value in scalars.items()}
+    line = {"step": int(step), "kind": kind} | values
+    self._lines.append(line)
+    if not self._is_main:
+      return
+    with open(self._path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+    self._events = self._events or self._open_events()
+    for name, value in values.items():
+      self._events.add_scalar(f"{kind}/{name}", value, step)
+
+  def history(self, kind: str) -> list[dict]:
+    """All lines of a kind, each with "step" and the scalars."""
+    return [line for line in self._lines if line["kind"] == kind]
+
+  def log(self, text: str) -> None:
+    """A line on the terminal and, with the time, in WORKDIR/log.txt."""
+    if self._is_main:
+      self._console.out(text, highlight=False)
+      with self._open_log() as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+
+  def track(
+    self,
+    iterable: Iterable[T],
+    description: str,
+    total: int | None = None,
+    scale: int = 1,
+    unit: str = "images",
+  ) -> Iterator[T]:
+    """Yields the items and shows how far they are; logs a line at the end.
+
+    A progress bar on a terminal; elsewhere a line every 15 seconds. Calls may
+    be nested.
+
+    Args:
+      iterable: the items.
+      description: of the phase, a few words.
+      total: units in all; by default `scale` for each item.
+      scale: units an item; the last item may have fewer.
+      unit: what is counted.
+    """
+    if not self._is_main:
+      yield from iterable
+      return
+    if total is None and hasattr(iterable, "__len__"):
+      total = len(iterable) * scale
+    done, start = 0, time.monotonic()
+    show = self._show_bar if self._has_bar else self._show_lines
+    shown = show(description, total)
+    next(shown)
+    try:
+      for item in iterable:
+        yield item
+        done = min(done + scale, total or done + scale)
+        shown.send((done, done / max(time.monotonic() - start, 1e-9)))
+    finally:
+      shown.close()
+    seconds = max(time.monotonic() - start, 1e-9)
+    self.log(
+      f"{description:<20}{done:>8,} {unit} in {_duration(seconds)} "
+      f"({_rate(done / seconds)})"
+    )
+
+  def _show_bar(self, description, total):
+    """Draws each (done, rate) that it is sent."""
+    self._bar.start()
+    task = self._bar.add_task(description, total=total, rate="")
+    try:
+      while True:
+        done, rate = yield
+        self._bar.update(task, completed=done, rate=_rate(rate))
+    finally:
+      self._bar.remove_task(task)
+      if not self._bar.tasks:
+        self._bar.stop()
+
+  def _show_lines(self, description, total):
+    """Writes now and then one of the (done, rate) that it is sent."""
+    last = time.monotonic()
+    while True:
+      done, rate = yield
+      if time.monotonic() - last < _PLAIN_EVERY:
+        continue
+      last = time.monotonic()
+      rest = f"{done:,}"
+      if total:
+        left = _duration((total - done) / rate)
+        rest = f"{100 * done // total:3}%  {left} left"
+      self._console.out(f"{description:<20}{_rate(rate):>10}  {rest}")
+
+  def table(self, rows: Sequence[Mapping]) -> None:
+    """Prints the first, the best and the last evaluation in percent.
+
+    To stdout and log.txt.
+
+    Args:
+      rows: each with "step", mAP, R1, R5 and R10 (fractions of 1).
+    """
+    if not rows or not self._is_main:
+      return
+    best = max(rows, key=lambda row: (row["step"] > 0, row["mAP"]))
+    table = rich.table.Table("", *_SCORES, box=rich.box.SIMPLE)
+    for column in table.columns[1:]:
+      column.justify = "right"
+    chosen = {row["step"]: row for row in (rows[0], best, rows[-1])}
+    for step, row in sorted(chosen.items()):
+      name = f"after {step:,} steps" if step else "before training"
+      note = " (best)" if row is best and step else ""
+      scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
+      table.add_row(name + note, *scores)
+    rich.console.Console(force_terminal=sys.stdout.isatty()).print(table)
+    with self._open_log() as file:
+      rich.console.Console(file=file, force_terminal=False).print(table)
+
+  def _open_log(self):
+    return open(self._folder / "log.txt", "a", encoding="utf-8")
+
+  def _open_events(self, purge_step: int | None = None):
+    folder = str(self._folder / "tensorboard")
+    return tensorboardX.SummaryWriter(
+      folder, purge_step=purge_step, flush_secs=10
+    )
+
+
+def _read(path: pathlib.Path) -> list[dict]:
+  """The lines of a metrics file without the last one if it is torn."""
+  if not path.exists():
+    return []
+  whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+  return [json.loads(line) for line in whole]
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes = round(seconds / 60)
+  if minutes < 60:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
+  return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _rate(rate: float) -> str:
+  return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s"
