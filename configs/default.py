@@ -59,6 +59,13 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "name": "adam",  # or "sgd"; weight decay is in the gradient
       "lr": 3.5e-4,
       "weight_decay": 5e-4,
+      "momentum": 0.9,  # of sgd
+      "nesterov": False,  # of sgd
+      "milestones": ("20 epochs", "40 epochs"),
+      "gamma": 0.1,  # times the learning rate at each milestone
+      "warmup": "0 steps",
+      "warmup_factor": 0.01,  # of the first step's learning rate
+      "warmup_curve": "linear",  # or "constant"
     },
     "method": {"name": method} | methods.defaults(method) | hyperparameters,
   })

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from unreid_jax.models import pretrained
 
 
 @struct.dataclass
+@no_type_check  # its leaves may also be shardings
 class TrainState:
   """Everything that a step changes: arrays, and nothing else."""
 
@@ -110,8 +111,8 @@ def shardings(mesh: Mesh, tree):
   copies = NamedSharding(mesh, sharding.COPY)
 
   def of(x):
-    split = mesh.size > 1 and x.sharding.is_equivalent_to(rows, x.ndim)
-    return rows if split else copies
+    is_split = not x.sharding.is_fully_replicated
+    return rows if is_split else copies
 
   return jax.tree.map(of, tree)
 

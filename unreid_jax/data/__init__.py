@@ -93,14 +93,19 @@ def _synthetic(height, width, seed, track) -> Dataset:
   from unreid_jax.data import synthetic  # also run as a script
 
   dataset = synthetic.make(seed, track=track)
-  return Dataset(*(
-    split._replace(
-      images=np.stack([
-        resize(Image.fromarray(image), height, width) for image in split.images
-      ])
+  return Dataset(
+    *(
+      split._replace(
+        images=np.stack(
+          [
+            resize(Image.fromarray(image), height, width)
+            for image in split.images
+          ]
+        )
+      )
+      for split in dataset
     )
-    for split in dataset
-  ))
+  )
 
 
 def _list(root: str) -> list[File]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from scipy import ndimage
 
 HEIGHT, WIDTH = 128, 64
@@ -34,10 +34,14 @@ class Camera(NamedTuple):
 
 
 def make_rng(*key: int) -> np.random.Generator:
+  """A stream of its own for each key."""
   return np.random.Generator(np.random.PCG64(key))
 
 
-def pick_colour(rng: np.random.Generator, colours, jitter: float = 0.04):
+def pick_colour(
+  rng: np.random.Generator, colours, jitter: float = 0.04
+) -> Float32[np.ndarray, "3"]:
+  """One of some colours, shifted by up to `jitter` in each channel."""
   colour = np.asarray(colours[rng.integers(len(colours))], np.float32)
   shift = rng.uniform(-jitter, jitter, 3).astype(np.float32)
   return np.clip(colour + shift, 0, 1)
@@ -48,16 +52,16 @@ def make_cameras(seed: int, count: int) -> list[Camera]:
   rng = make_rng(seed, 0)
   spread = [rng.permutation(count) / max(count - 1, 1) for _ in range(5)]
   turns = rng.permutation(count)[:, None] / count + np.arange(3) / 3
-  exposure = 0.75 * 1.5 ** spread[0]
-  gains = exposure[:, None] * (1 + 0.13 * np.cos(2 * np.pi * turns))
+  exposure = 0.87 * 1.25 ** spread[0]
+  gains = exposure[:, None] * (1 + 0.05 * np.cos(2 * np.pi * turns))
   return [
     Camera(
       scene=_scene(rng),
       gains=gains[i].astype(np.float32),
-      gamma=0.85 + 0.3 * spread[1][i],
-      blur=0.3 + 0.7 * spread[2][i],
-      scale=0.78 + 0.16 * spread[3][i],
-      pitch=0.05 + 0.4 * spread[4][i],
+      gamma=0.93 + 0.14 * spread[1][i],
+      blur=0.3 + 0.5 * spread[2][i],
+      scale=0.8 + 0.12 * spread[3][i],
+      pitch=0.05 + 0.3 * spread[4][i],
       heading=2 * np.pi * (i + rng.uniform()) / count,
       light=rng.uniform(-1, 1),
     )
@@ -70,10 +74,8 @@ def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
   height, width = HEIGHT + 32, 4 * WIDTH
   horizon = int(rng.integers(45, 90))
   y, x = np.mgrid[:height, :width].astype(np.float32)
-  wall, ground = (
-    pick_colour(rng, TOPS + BOTTOMS, 0.1),
-    pick_colour(rng, BOTTOMS, 0.1),
-  )
+  wall = pick_colour(rng, TOPS + BOTTOMS, 0.1)
+  ground = pick_colour(rng, BOTTOMS, 0.1)
   scene = np.where(y[..., None] < horizon, wall, ground) * 0.6 + 0.2
   # Bricks or panels on the wall, tiles that shrink with distance below it.
   bricks = rng.integers(6, 28, 2)
@@ -81,16 +83,15 @@ def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
   depth = np.maximum(y - horizon, 1)
   tiles = (np.floor(700 / depth) + np.floor((x - width / 2) * 9 / depth)) % 2
   amount = rng.uniform(-0.16, 0.16, 2).astype(np.float32)
-  scene += np.where(y < horizon, lines * amount[0], tiles * amount[1])[
-    ..., None
-  ]
+  texture = np.where(y < horizon, lines * amount[0], tiles * amount[1])
+  scene += texture[..., None]
   for _ in range(int(rng.integers(4, 9))):
     left, top = int(rng.integers(width)), int(rng.integers(horizon - 30))
     right, low = left + int(rng.integers(6, 45)), horizon - int(rng.integers(9))
     scene[top:low, left:right] = pick_colour(rng, TOPS + BOTTOMS) * 0.8
     scene[top + 2 : low - 2, left + 2 : right - 2] *= rng.uniform(0.5, 0.9)
   grey = scene.mean(-1, keepdims=True)
-  scene += 0.6 * (grey - scene)
+  scene += 0.75 * (grey - scene)
   clouds = rng.random((height, width, 1), np.float32) - 0.5
   clouds = 14 * ndimage.gaussian_filter(clouds, (9, 9, 0))
   grain = 0.12 * (rng.random((height, width, 1), np.float32) - 0.5)
@@ -100,6 +101,7 @@ def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
 def expose(
   rng: np.random.Generator, canvas, camera: Camera
 ) -> UInt8[np.ndarray, "h w 3"]:
+  """What the sensor makes of a canvas: blur, gains, gamma, noise, 8 bits."""
   sigma = camera.blur * rng.uniform(0.8, 1.3)
   canvas = ndimage.gaussian_filter(canvas, (sigma, sigma, 0))
   gains = camera.gains * np.float32(rng.uniform(0.9, 1.1))

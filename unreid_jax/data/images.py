@@ -59,17 +59,26 @@ def fingerprint(files: Sequence[File]) -> str:
   """Sixteen hex digits that change when a file is added, moved or changed.
 
   Made from names, sizes and times of change, or in a zip from checksums.
+
+  Raises:
+    UserError: a file is missing.
   """
   digest = hashlib.sha256()
   for file in files:
-    if isinstance(file.path, zipfile.Path):
-      info = file.path.root.getinfo(file.path.at)
-      state = (info.file_size, info.CRC)
-    else:
-      info = file.path.stat()
-      state = (info.st_size, info.st_mtime_ns)
-    digest.update(repr((*file[:3], *state)).encode())
+    try:
+      state = _state(file.path)
+    except (OSError, KeyError):
+      raise UserError(f"{file.path} is missing: unpack the set again") from None
+    digest.update(repr((file.name, file.pid, file.camid, state)).encode())
   return digest.hexdigest()[:16]
+
+
+def _state(path: pathlib.Path | zipfile.Path) -> tuple[int, int]:
+  if isinstance(path, zipfile.Path):
+    info = path.root.getinfo(path.at)
+    return info.file_size, info.CRC
+  info = path.stat()
+  return info.st_size, info.st_mtime_ns
 
 
 def resize(

@@ -56,6 +56,8 @@ def _body(person: Person, phase: float, stride: float) -> list[Part]:
     toe = (ankle[0] + side * 0.01, ankle[1] + 0.025, ankle[2] + 0.075)
     shank = p.bottom if p.legs == "trousers" else p.skin
     thigh = p.skin if p.legs == "skirt" else p.bottom
+    if p.legs == "skirt":  # hides the thigh
+      hip = knee
     wide = p.build * (1.12 if p.legs == "shorts" else 1.0)
     parts += [
       Part(hip, knee, 0.058 * wide, 0.046 * wide, thigh),
@@ -120,14 +122,14 @@ def _extras(person: Person) -> list[Part]:
     )
     for x in (-0.07, 0.07):
       parts.append(
-        Part((x, 0.2, 0.06), (x, 0.36, 0.07), 0.013, 0.013, p.bag_colour)
+        Part((x, 0.2, 0.08), (x, 0.36, 0.09), 0.013, 0.013, p.bag_colour)
       )
   if p.bag == "shoulder":
     parts += [
       Part((0.15, 0.46, -0.02), (0.15, 0.53, 0.02), 0.07, 0.075, p.bag_colour),
-      Part((-0.09, 0.2, 0.06), (0.13, 0.44, 0.07), 0.013, 0.013, p.bag_colour),
+      Part((-0.09, 0.2, 0.08), (0.13, 0.44, 0.09), 0.013, 0.013, p.bag_colour),
       Part(
-        (-0.09, 0.2, -0.06), (0.13, 0.44, -0.07), 0.013, 0.013, p.bag_colour
+        (-0.09, 0.2, -0.08), (0.13, 0.44, -0.09), 0.013, 0.013, p.bag_colour
       ),
     ]
   return parts
@@ -168,9 +170,9 @@ def draw(
     near = ahead * np.cos(pitch) + (1 - y) * np.sin(pitch)
     return foot[0] + side * height, foot[1] - up * height, near
 
-  def nearness(part):
-    radius = max(part.radius_a, part.radius_b)
-    return (project(part.a)[2] + project(part.b)[2]) / 2 + 0.5 * radius
+  def nearness(part):  # of the surface
+    axis = (project(part.a)[2] + project(part.b)[2]) / 2
+    return axis + max(part.radius_a, part.radius_b)
 
   for part in sorted(_body(person, phase, stride), key=nearness):
     a, b = project(part.a)[:2], project(part.b)[:2]

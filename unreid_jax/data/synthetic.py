@@ -2,8 +2,8 @@
 
 It is hard in the ways of the real sets. Each camera has a colour cast, an
 exposure, a blur, a scale, a pitch and a scene of its own; pose, heading, crop
-and occluders change from image to image; the four members of a family share
-their clothes and differ in one or two details (hair, shoes, bag, hat, band).
+and occluders change from image to image; the three members of a family share
+their clothes but for a few details: bag, hat, shoes; or hair and pattern.
 
 `python -m unreid_jax.data.synthetic OUT_DIR` writes it in Market-1501 layout.
 """
@@ -31,7 +31,7 @@ from unreid_jax.data.camera import (
 from unreid_jax.data.images import Dataset, Split
 from unreid_jax.data.pedestrian import Person
 
-FAMILY = 4
+FAMILY = 3
 
 _HAIR = (
   (0.06, 0.05, 0.05), (0.28, 0.16, 0.08), (0.85, 0.70, 0.36),
@@ -43,7 +43,7 @@ _SKIN = (
 
 
 def _family(rng: np.random.Generator, top, bottom) -> list[Person]:
-  """Look-alikes: the same clothes, and one or two details of their own."""
+  """Look-alikes: one person, and two with a few details of their own."""
   legs = ("trousers", "trousers", "shorts", "skirt")[rng.integers(4)]
   bags = rng.permutation(["none", "backpack", "shoulder", "hand"])
   patterns = rng.permutation(["plain", "plain", "band", "stripes", "yoke"])
@@ -64,17 +64,36 @@ def _family(rng: np.random.Generator, top, bottom) -> list[Person]:
     bag_colour=_contrast(rng, top),
     hat=None,
   )
+  other = patterns[3] if patterns[3] != "plain" else patterns[4]
   own = [
-    {"bag": str(bags[1]), "hat": _contrast(rng, base.hair)},
-    {"pattern": str(patterns[3] if patterns[3] != "plain" else patterns[4])},
     {
+      "bag": str(bags[1]),
+      "hat": _contrast(rng, base.hair),
+      "shoes": _contrast(rng, bottom),
+    },
+    {
+      "pattern": str(other),
       "hair": np.asarray(_HAIR[hairs[1]], np.float32),
       "long_hair": not base.long_hair,
-      "shoes": _contrast(rng, bottom),
     },
   ]
   people = [base] + [base._replace(**detail) for detail in own]
   return [p._replace(build=p.build * rng.uniform(0.93, 1.07)) for p in people]
+
+
+def _groups(seed: int, *counts: int) -> list[list[Person]]:
+  """Groups of these sizes; a family, and its outfit, is in one group only."""
+  outfits = list(itertools.product(TOPS, BOTTOMS))
+  order = itertools.cycle(make_rng(seed, 1).permutation(len(outfits)))
+  families = (
+    _family(make_rng(seed, 2, number), *outfits[i])
+    for number, i in enumerate(order)
+  )
+  groups = (itertools.islice(families, -(-n // FAMILY)) for n in counts)
+  return [
+    [*itertools.chain(*group)][:count]
+    for group, count in zip(groups, counts, strict=True)
+  ]
 
 
 def _contrast(rng: np.random.Generator, colour):
@@ -165,15 +184,8 @@ def make(
     track: wraps an iterable in a progress bar, as in `data.load`.
   """
   cameras = make_cameras(seed, num_cameras)
-  clothes = list(itertools.product(TOPS, BOTTOMS))
-  order = itertools.cycle(make_rng(seed, 1).permutation(len(clothes)))
-  families = (
-    _family(make_rng(seed, 2, number), *clothes[i])
-    for number, i in enumerate(order)
-  )
-  train, test, strangers = (
-    [*itertools.chain(*itertools.islice(families, -(-count // FAMILY)))][:count]
-    for count in (num_train_ids, num_test_ids, max(num_distractors, FAMILY))
+  train, test, strangers = _groups(
+    seed, num_train_ids, num_test_ids, max(num_distractors, FAMILY)
   )
   camids, frames = range(1, num_cameras + 1), range(1, images_per_camera + 1)
   test_pids = range(num_train_ids + 1, num_train_ids + num_test_ids + 1)

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax.numpy as jnp
 from flax import struct
@@ -19,6 +19,7 @@ from unreid_jax import UserError
 
 
 @struct.dataclass
+@no_type_check  # its leaves may also be shardings
 class Batch:
   """One step's images, their positions in the train set and their labels."""
 

@@ -14,6 +14,7 @@ its positives.
 
 import dataclasses
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ class Hyperparameters:
 
 
 @struct.dataclass
+@no_type_check  # its leaves may also be shardings
 class State:
   """The three banks, the cameras of their rows (-1: no image) and the step."""
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -106,7 +107,7 @@ def _replace(path: tuple[str, ...], old, state: dict[str, np.ndarray]):
       f"its {name} makes an array of {new.shape}, the encoder's is "
       f"{old.shape}: set the model's arch, width and dimensions to the file's"
     )
-  return new.astype(old.dtype)
+  return jnp.asarray(new, old.dtype)
 
 
 def _to_channels_last(array: np.ndarray) -> np.ndarray:
@@ -131,16 +132,15 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       "reading it needs PyTorch: pip install torch, or convert it to "
       ".safetensors where PyTorch is installed"
     ) from None
+  # The references save their best mAP, a NumPy scalar, with the weights.
+  scalar = np.float64(0).__reduce__()[0]
+  old_name = (scalar, "numpy.core.multiarray.scalar")
+  safe = [scalar, old_name, np.dtype, np.dtypes.Float64DType]
   try:
-    # The references save their best mAP, a NumPy scalar, with the weights.
-    scalar = (
-      type(np.float64(0).__reduce__()[0]),
-      np.dtype,
-      np.dtypes.Float64DType,
-    )
-    with torch.serialization.safe_globals(list(scalar)):
+    with torch.serialization.safe_globals(safe):
       state = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
-    raise UserError(f"not weights that PyTorch can read ({error})") from error
+    reason = str(error).partition("\n")[0]
+    raise UserError(f"not weights that PyTorch can read: {reason}") from error
   state = state.get("state_dict", state)
   return {key: value.float().numpy() for key, value in state.items()}

@@ -1,0 +1,220 @@
+"""Decoding, resizing and the cache, with whatever may happen to them."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from unreid_jax import UserError, data
+from unreid_jax.data import augment, images
+
+SIZE = {"height": 16, "width": 8}
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Five crops of different shapes, modes and formats under two cameras."""
+  rng = np.random.default_rng(0)
+  root = tmp_path / "crops"
+  kinds = ("RGB", "L", "RGBA", "P", "RGB")
+  for i, mode in enumerate(kinds):
+    pixels = rng.integers(0, 256, (20 + i, 9, 3)).astype(np.uint8)
+    path = root / f"cam{1 + i % 2}" / f"{i}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+  return root
+
+
+def load(folder, **changes):
+  options = SIZE | {"cache_dir": str(folder.parent / "cache")} | changes
+  return data.load("folder", root=str(folder), **options)
+
+
+def entries(folder):
+  return sorted((folder.parent / "cache" / "images").iterdir())
+
+
+def test_goldens(golden):
+  transforms = golden("transforms")
+  image = Image.fromarray(transforms["image"])
+  resized = images.resize(image, 256, 128)
+  assert np.array_equal(resized, transforms["resized_256x128"])
+  small = images.resize(image, 64, 32)
+  tensor = np.asarray(augment.normalise(jax.numpy.asarray(small[None])))[0]
+  expected = transforms["test_tensor_64x32"].transpose(1, 2, 0)
+  assert np.allclose(tensor, expected, atol=2e-6)
+  padded = np.pad(small, ((10, 10), (10, 10), (0, 0)))
+  assert np.array_equal(padded, transforms["padded_64x32"])
+
+
+def test_folder(folder):
+  dataset = load(folder)
+  train = dataset.train
+  assert dataset.query is None and dataset.gallery is None
+  assert isinstance(train.images, np.memmap)
+  assert train.names == (
+    "cam1/0.png", "cam1/2.png", "cam1/4.png", "cam2/1.png", "cam2/3.png",
+  )  # fmt: skip
+  assert train.camids.tolist() == [1, 1, 1, 2, 2]
+  assert set(train.pids) == {-1}
+  for image, name in zip(train.images, train.names, strict=True):
+    with Image.open(folder / name) as original:
+      rgb = original.convert("RGB").resize((8, 16), Image.BICUBIC)
+    assert np.array_equal(image, rgb)
+
+
+def test_one_camera_without_sub_folders(folder):
+  assert set(load(folder / "cam2").train.camids) == {1}
+
+
+def test_cache_is_used_until_something_changes(folder, monkeypatch):
+  first = load(folder).train.images
+  (entry,) = entries(folder)
+  with monkeypatch.context() as patch:
+    patch.setattr(images, "_decode", None)
+    assert np.array_equal(load(folder).train.images, first)
+  assert load(folder, height=12).train.images.shape[1] == 12
+  other = Image.fromarray(np.zeros((20, 9, 3), np.uint8))
+  other.save(folder / "cam1" / "0.png")
+  assert not load(folder).train.images[0].any()
+  (folder / "cam2" / "1.png").unlink()
+  assert len(load(folder).train.images) == 4
+  assert len(entries(folder)) == 4
+  assert np.array_equal(np.load(entry / "images.npy"), first)
+
+
+def test_two_datasets_do_not_share_an_entry(folder):
+  one = load(folder / "cam1").train.images
+  two = load(folder / "cam2", cache_dir=str(folder / "cache")).train.images
+  assert one.shape != two.shape
+
+
+def test_killed_while_decoding(folder):
+  script = f"""
+    import os, signal
+    from unreid_jax import data
+    def track(items, description, total):
+      for i, item in enumerate(items):
+        if i == 3:
+          os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+    data.load("folder", root={str(folder)!r}, height=16, width=8,
+              cache_dir={str(folder.parent / "cache")!r}, track=track)
+  """
+  command = [sys.executable, "-c", textwrap.dedent(script)]
+  assert subprocess.run(command, check=False).returncode == -9
+  (unfinished,) = entries(folder)
+  assert unfinished.name.endswith(".unfinished")
+  assert len(load(folder).train.images) == 5
+  assert unfinished in entries(folder)  # another process may be at it
+  os.utime(unfinished, (0, 0))
+  load(folder, height=20)
+  assert unfinished not in entries(folder)
+
+
+def test_another_process_was_faster(folder):
+  def track(items, description, total):
+    items = list(items)
+    load(folder)
+    return items
+
+  assert len(load(folder, track=track).train.images) == 5
+  assert len(entries(folder)) == 1
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:200])
+
+
+def write_text(path):
+  path.write_text("this is a web page")
+
+
+def write_nothing(path):
+  path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, write_text, write_nothing])
+def test_corrupt_image(folder, damage, caplog):
+  noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3))
+  jpeg = folder / "cam2" / "1.jpg"
+  Image.fromarray(noise.astype(np.uint8)).save(jpeg)
+  damage(jpeg)
+  with pytest.raises(UserError) as caught:
+    load(folder)
+  line = str(caught.value)
+  assert "\n" not in line and str(jpeg) in line and "on_corrupt" in line
+  assert entries(folder) == []
+  for _ in range(2):  # decoded, then from the cache
+    caplog.clear()
+    train = load(folder, on_corrupt="skip").train
+    assert len(train.images) == len(train.names) == len(train.camids) == 5
+    assert "cam2/1.jpg" not in train.names
+    assert train.images[3:].any((1, 2, 3)).all()
+    assert "1 of 6" in caplog.text and str(jpeg) in caplog.text
+  with pytest.raises(UserError, match=r"1\.jpg"):
+    load(folder)  # the cache knows
+
+
+def test_nothing_but_corrupt_images(tmp_path):
+  (tmp_path / "crops").mkdir()
+  (tmp_path / "crops" / "a.jpg").write_text("no image")
+  with pytest.raises(UserError, match=r"no image can be read.*a\.jpg"):
+    load(tmp_path / "crops", on_corrupt="skip")
+
+
+def test_an_error_does_not_wait_for_the_rest(folder):
+  """Of a large folder only the images at hand are decoded."""
+  image = (folder / "cam1" / "0.png").read_bytes()
+  files = [
+    images.File(str(i), 0, 1, folder / "cam1" / "0.png") for i in range(5_000)
+  ]
+  read = []
+
+  def reader():
+    return lambda i: read.append(i) or (image if i else b"")
+
+  with pytest.raises(UserError):
+    images.load_split(
+      files, reader, cache_dir=folder.parent / "cache", name="big", **SIZE
+    )
+  assert len(read) < 1_000
+
+
+@pytest.mark.parametrize(
+  ("root", "words"),
+  [("nowhere", "no folder"), ("empty", "no image"), ("", "no folder")],
+)
+def test_no_folder_or_no_image(tmp_path, root, words):
+  (tmp_path / "empty").mkdir()
+  path = root and str(tmp_path / root)
+  with pytest.raises(UserError, match=words) as caught:
+    data.load("folder", root=path, **SIZE)
+  assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_names():
+  with pytest.raises(UserError, match="market1501"):
+    data.load("market", **SIZE)
+
+
+def test_unknown_on_corrupt(folder):
+  with pytest.raises(UserError, match="on_corrupt"):
+    load(folder, on_corrupt="ignore")
+
+
+def test_track_sees_every_image(folder):
+  seen = []
+
+  def track(items, description, total):
+    for item in items:
+      seen.append((description, total))
+      yield item
+
+  load(folder, track=track)
+  assert seen == [("decode folder-train", 5)] * 5
