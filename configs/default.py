@@ -7,8 +7,15 @@ from ml_collections import ConfigDict
 
 from unreid_jax import UserError, methods
 
-# Where people keep them; any other place goes into dataset.root.
 DATASETS = ("market1501", "msmt17", "cuhk03_np", "dukemtmc", "personx", "folder")
+
+
+def parse(arguments: str) -> tuple[str, bool]:
+  """The data set in "DATASET" or "DATASET,small", and whether it is small."""
+  dataset, _, size = arguments.partition(",")
+  if size not in ("", "small"):
+    raise UserError(f'no config "{arguments}": write DATASET or DATASET,small')
+  return dataset, size == "small" or dataset == "synthetic"
 
 
 def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:

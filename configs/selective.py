@@ -2,6 +2,7 @@
 
   python run.py --config=configs/selective.py             drawn images, a laptop
   python run.py --config=configs/selective.py:market1501  the authors' recipe
+  python run.py --config=configs/selective.py:cuhk03_np,small   real, a laptop
 
 The recipe on real data is the one of the authors' logs (pangbo1997/Unsup_ReID):
 batch 8 on one GPU, SGD at a constant rate, no augmentation but the flip. Their
@@ -14,11 +15,12 @@ It starts from ImageNet weights: --config.encoder.pretrained=resnet50.pth.
 from configs import default
 
 
-def get_config(dataset: str = "synthetic"):
-  """The config for a data set."""
+def get_config(arguments: str = "synthetic,small"):
+  """The config for "DATASET", as the authors, or "DATASET,small"."""
+  dataset, small = default.parse(arguments)
   config = default.get_config("selective", dataset, warmup="3 epochs")
   config.encoder.head = "stripes"
-  if dataset == "synthetic":
+  if small:
     return _small(config)
   config.epochs = 40
   config.evaluate_every = "5 epochs"
