@@ -50,7 +50,6 @@ def main(argv: list[str]) -> None:
 
 def _config():
   """The config, or why it cannot be read: it is loaded at the first access."""
-  path = flags.FLAGS["config"].value
   try:
     _CONFIG.value.seed  # noqa: B018
   except UserError:

@@ -7,8 +7,6 @@ from ml_collections import ConfigDict
 
 from unreid_jax import UserError, methods
 
-DATASETS = ("market1501", "msmt17", "cuhk03_np", "dukemtmc", "personx", "folder")
-
 
 def parse(arguments: str) -> tuple[str, bool]:
   """The data set in "DATASET" or "DATASET,small", and whether it is small."""
@@ -20,59 +18,57 @@ def parse(arguments: str) -> tuple[str, bool]:
 
 def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
   """The defaults for a method, as its module has them, and a data set."""
-  if dataset not in ("synthetic", *DATASETS):
-    raise UserError(
-      f'no dataset "{dataset}"; there are: synthetic, {", ".join(DATASETS)}'
-    )
-  return ConfigDict({
-    "seed": 0,
-    "num_devices": 0,  # 0: all
-    "epochs": 50,
-    "batch_size": 8,  # over all devices
-    "evaluate_batch_size": 128,
-    "evaluate_every": "10 epochs",
-    "checkpoint_every": "1 epoch",
-    "log_every": "10 steps",  # a line in metrics.jsonl
-    "dataset": {
-      "name": dataset,
-      "root": "",  # folder or zip; not for synthetic
-      "version": "",  # CUHK03-NP: detected, labeled; MSMT17: V1, V2
-      "height": 256,
-      "width": 128,
-      "seed": 0,  # of the synthetic images
-      "cache_dir": "",  # decoded images; ~/.cache/unreid_jax if empty
-      "on_corrupt": "error",  # or "skip"
-    },
-    "augment": {
-      "flip": True,
-      "pad": 10,  # pixels, then a random crop of the old size; 0: none
-      "erase_probability": 0.5,
-      "erase_fill": "mean",  # the references' quirk, or "zero"
-    },
-    "encoder": {
-      "arch": "resnet50",  # resnet18, 34, 50, 101, 152; _ibn_a
-      "width": 1.0,  # of every layer, for small machines
-      "head": "neck",  # or "stripes"
-      "pooling": "avg",  # or "gem"
-      "bn_group_size": 0,  # images that share statistics; 0: the batch
-      "bn_running": "first",  # or "mean": groups behind the running ones
-      "embedding_dim": 2048,  # of the head "stripes"
-      "stripe_dim": 256,
-      "num_stripes": 8,
-      "dtype": "float32",  # or "bfloat16": of the computation
-      "pretrained": "",  # PyTorch weights, .safetensors or .pth
-    },
-    "optim": {
-      "name": "adam",  # or "sgd"; weight decay is in the gradient
-      "lr": 3.5e-4,
-      "weight_decay": 5e-4,
-      "momentum": 0.9,  # of sgd
-      "nesterov": False,  # of sgd
-      "milestones": ("20 epochs", "40 epochs"),
-      "gamma": 0.1,  # times the learning rate at each milestone
-      "warmup": "0 steps",
-      "warmup_factor": 0.01,  # of the first step's learning rate
-      "warmup_curve": "linear",  # or "constant"
-    },
-    "method": {"name": method} | methods.defaults(method) | hyperparameters,
-  })
+  return ConfigDict(
+    {
+      "seed": 0,
+      "num_devices": 0,  # 0: all
+      "epochs": 50,
+      "batch_size": 8,  # over all devices
+      "evaluate_batch_size": 128,
+      "evaluate_every": "10 epochs",
+      "checkpoint_every": "1 epoch",
+      "log_every": "10 steps",  # a line in metrics.jsonl
+      "dataset": {
+        "name": dataset,
+        "root": "",  # folder or zip; not for synthetic
+        "version": "",  # CUHK03-NP: detected, labeled; MSMT17: V1, V2
+        "height": 256,
+        "width": 128,
+        "seed": 0,  # of the synthetic images
+        "cache_dir": "",  # decoded images; ~/.cache/unreid_jax if empty
+        "on_corrupt": "error",  # or "skip"
+      },
+      "augment": {
+        "flip": True,
+        "pad": 10,  # pixels, then a random crop of the old size; 0: none
+        "erase_probability": 0.5,
+        "erase_fill": "mean",  # the references' quirk, or "zero"
+      },
+      "encoder": {
+        "arch": "resnet50",  # resnet18, 34, 50, 101, 152; _ibn_a
+        "width": 1.0,  # of every layer, for small machines
+        "head": "neck",  # or "stripes"
+        "pooling": "avg",  # or "gem"
+        "bn_group_size": 0,  # images that share statistics; 0: the batch
+        "bn_running": "first",  # or "mean": groups behind the running ones
+        "embedding_dim": 2048,  # of the head "stripes"
+        "stripe_dim": 256,
+        "num_stripes": 8,
+        "dtype": "float32",  # or "bfloat16": of the computation
+        "pretrained": "",  # PyTorch weights, .safetensors or .pth
+      },
+      "optim": {
+        "name": "adam",  # or "sgd"; weight decay is in the gradient
+        "lr": 3.5e-4,
+        "weight_decay": 5e-4,
+        "momentum": 0.9,  # of sgd
+        "nesterov": False,  # of sgd
+        "milestones": ("20 epochs", "40 epochs"),
+        "gamma": 0.1,  # times the learning rate at each milestone
+        "warmup": "0 steps",
+        "warmup_factor": 0.01,  # of the first step's learning rate
+        "warmup_curve": "linear",  # or "constant"
+      },
+      "method": {"name": method} | methods.defaults(method) | hyperparameters,
+    }
+  )

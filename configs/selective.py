@@ -24,15 +24,17 @@ def get_config(arguments: str = "synthetic,small"):
     return _small(config)
   config.epochs = 40
   config.evaluate_every = "5 epochs"
-  config.update({
-    "augment": {"pad": 0, "erase_probability": 0.0},
-    "optim": {
-      "name": "sgd",
-      "lr": 1e-3,
-      "nesterov": True,
-      "milestones": (),
-    },
-  })
+  config.update(
+    {
+      "augment": {"pad": 0, "erase_probability": 0.0},
+      "optim": {
+        "name": "sgd",
+        "lr": 1e-3,
+        "nesterov": True,
+        "milestones": (),
+      },
+    }
+  )
   return config
 
 
@@ -46,22 +48,24 @@ def _small(config):
   config.epochs = 60
   config.evaluate_every = "20 epochs"
   config.checkpoint_every = "5 epochs"
-  config.update({
-    "dataset": {"height": 64, "width": 32},
-    "augment": {"pad": 4},
-    "encoder": {
-      "arch": "resnet18",
-      "width": 0.25,
-      "num_stripes": 4,  # of one row each: the feature map is 4 x 2
-      "stripe_dim": 64,
-      "embedding_dim": 256,
-    },
-    "optim": {"lr": 1e-3, "milestones": ("45 epochs",)},
-    "method": {
-      "warmup": "5 epochs",
-      "num_positives": 5,
-      "num_negatives": 300,
-      "camera_penalty": 1.0,
-    },
-  })
+  config.update(
+    {
+      "dataset": {"height": 64, "width": 32},
+      "augment": {"pad": 4},
+      "encoder": {
+        "arch": "resnet18",
+        "width": 0.25,
+        "num_stripes": 4,  # of one row each: the feature map is 4 x 2
+        "stripe_dim": 64,
+        "embedding_dim": 256,
+      },
+      "optim": {"lr": 1e-3, "milestones": ("45 epochs",)},
+      "method": {
+        "warmup": "5 epochs",
+        "num_positives": 5,
+        "num_negatives": 300,
+        "camera_penalty": 1.0,
+      },
+    }
+  )
   return config

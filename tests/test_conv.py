@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_allclose
 
@@ -48,6 +49,8 @@ def test_max_pool(shape):
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
   _assert_same(conv.max_pool, plain, _random(*shape))
+  ties = jnp.round(_random(*shape))  # the gradient goes to the first
+  _assert_same(conv.max_pool, plain, ties)
 
 
 def test_accelerators_get_the_plain_operations(monkeypatch):

@@ -90,7 +90,7 @@ def test_loss_is_finite_and_the_step_compiles_once(name):
 
 
 def test_unknown_names():
-  with pytest.raises(UserError, match="there are: .*selective"):
+  with pytest.raises(UserError, match=r"there are: .*selective"):
     methods.make("selectiv")
   with pytest.raises(TypeError, match="lambda_x"):
     methods.make("selective", lambda_x=1)

@@ -45,9 +45,9 @@ def test_authors_loss_gradients_and_banks(golden, num_devices):
     np.testing.assert_array_equal(rows[:, 6:], z["negative_idx"])
     assert valid.all()
     value = lambda f: method.loss(state, f, batch, key)
-    (value, metrics), grads = jax.jit(
-      jax.value_and_grad(value, has_aux=True)
-    )(features)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(
+      features
+    )
     after = jax.jit(method.update)(state, features, batch, key)
   close = lambda a, b, tol: np.testing.assert_allclose(a, b, 0, tol)
   close(value, z["loss_f64"], 2e-5)

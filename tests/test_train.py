@@ -123,13 +123,15 @@ def test_the_bank_is_never_gathered():
 
 def test_a_step_that_is_not_finite_stops_the_run(dataset, tmp_path):
   config = tiny_config(epochs=4, checkpoint_every="2 steps")
-  config.update_from_flattened_dict({
-    "optim.name": "sgd",
-    "optim.lr": 1e30,
-    "optim.warmup": "5 steps",
-    "optim.warmup_factor": 0.0,
-  })
-  with pytest.raises(UserError, match="step [567]: the run stops"):
+  config.update_from_flattened_dict(
+    {
+      "optim.name": "sgd",
+      "optim.lr": 1e30,
+      "optim.warmup": "5 steps",
+      "optim.warmup_factor": 0.0,
+    }
+  )
+  with pytest.raises(UserError, match=r"step [567]: the run stops"):
     train.train(config, str(tmp_path))
   assert all(np.isfinite(x).all() for x in saved_arrays(tmp_path))
 

@@ -1,45 +1,17 @@
 """Images to features to mAP and CMC."""
 
+import os
+import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from unreid_jax import ranking, sharding
-from unreid_jax.data import Dataset, Split, augment
+from unreid_jax.data import Dataset, Split
+from unreid_jax.state import Parts, TrainState
 
 _QUERIES, _GALLERY = 512, 4096  # a block of distances
-
-
-def _eval_step(encoder, augment_images):
-  """Test-time transform, running statistics."""
-  del augment_images
-
-  def step(variables, images, key):
-    del key
-    images = augment.normalise(images)
-    return variables, encoder.apply(variables, images, train=False)
-
-  return step
-
-
-def _train_step(encoder, augment_images):
-  """Training transform, batch statistics; the running ones move on."""
-
-  def step(variables, images, key):
-    features, updated = encoder.apply(
-      variables,
-      augment_images(key, images),
-      train=True,
-      mutable=["batch_stats"],
-    )
-    return variables | updated, features
-
-  return step
-
-
-# (encoder, augment) -> step(variables, images u8, key) -> variables, features
-ENCODE_STEPS = {"eval": _eval_step, "train": _train_step}
 
 
 def encode(
@@ -131,24 +103,52 @@ def score(
 
 
 def evaluate(
-  step: Callable,
-  variables,
-  dataset: Dataset,
-  distance: Callable,
-  batch_size: int,
-  track: Callable,
+  parts: Parts, state: TrainState, dataset: Dataset, track: Callable
 ) -> dict[str, float]:
   """Encodes query and gallery and scores them under the Market protocol."""
-  key = jax.random.key(0)  # for no use: test-time encoding draws nothing
-  features = []
-  for name in ("query", "gallery"):
-    images = getattr(dataset, name).images
-    order, title = np.arange(len(images)), f"encode {name}"
-    _, encoded = encode(
-      step, variables, images, order, batch_size, key, title, track
+  features = [
+    encode_split(parts, state, split, title, track)
+    for title, split in zip(
+      ("encode query", "encode gallery"), dataset[1:], strict=True
     )
-    features.append(encoded)
+  ]
+  distance = parts.method.distance
   return score(*features, dataset.query, dataset.gallery, distance, track)
+
+
+def encode_split(
+  parts: Parts, state: TrainState, split: Split, title: str, track: Callable
+):
+  """Test-time features [n, ...] of a split, on the host."""
+  _, features = encode(
+    parts.encode["eval"],
+    state.variables,
+    split.images,
+    np.arange(len(split.images)),
+    parts.config.evaluate_batch_size,
+    jax.random.key(0),  # for no use: nothing is drawn
+    title,
+    track,
+  )
+  return features
+
+
+def export_features(
+  parts: Parts,
+  state: TrainState,
+  split: Split,
+  path: pathlib.Path,
+  track: Callable,
+) -> None:
+  """Writes an .npz with names, camids and test-time features of a split."""
+  features = encode_split(parts, state, split, "encode train", track)
+  if not isinstance(features, dict):
+    features = {"features": features}
+  if jax.process_index() == 0:
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+      np.savez(file, names=split.names, camids=split.camids, **features)
+    os.replace(partial, path)
 
 
 def _block(tree, start, size):

@@ -7,7 +7,6 @@ products use the highest precision, so that a ranking does not depend on the
 accelerator.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -48,9 +47,7 @@ def similarities(
   def shard(bank, features):
     return jnp.matmul(features, bank.T, precision=lax.Precision.HIGHEST)
 
-  return sharding.per_shard(shard, (_BY_ROW, _COPY), _BY_COLUMN)(
-    bank, features
-  )
+  return sharding.per_shard(shard, (_BY_ROW, _COPY), _BY_COLUMN)(bank, features)
 
 
 def squared_distances(

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from unreid_jax import (
   UserError,
-  evaluate,
   memory,
   methods,
   models,
@@ -78,18 +77,17 @@ def build(
   encoder = models.make(**options["encoder"])
   optimizer = optim.make(**options["optim"])
   method = methods.make(**options["method"])
-  state = _first_state(
-    config, num_images, encoder, optimizer, method, weights
-  )
+  state = _first_state(config, num_images, encoder, optimizer, method, weights)
   state = jax.device_put(state, shardings(mesh, state))
   augment_images = functools.partial(augment.augment, **config.augment)
   copies = NamedSharding(mesh, sharding.COPY)
   encode = {
     mode: jax.jit(step(encoder, augment_images), out_shardings=copies)
-    for mode, step in evaluate.ENCODE_STEPS.items()
+    for mode, step in _ENCODE_STEPS.items()
   }
+  banks = shardings(mesh, state.method)
   method = method._replace(
-    refresh=jax.jit(method.refresh, out_shardings=shardings(mesh, state.method)),
+    refresh=jax.jit(method.refresh, out_shardings=banks),
     distance=jax.jit(method.distance),
   )
   parts = Parts(
@@ -131,3 +129,34 @@ def _first_state(config, num_images, encoder, optimizer, method, weights):
     method=jax.jit(lambda key: method.init(key, features))(method_key),
     **variables,
   )
+
+
+def _eval_step(encoder, augment_images):
+  """Test-time transform, running statistics."""
+  del augment_images
+
+  def step(variables, images, key):
+    del key
+    images = augment.normalise(images)
+    return variables, encoder.apply(variables, images, train=False)
+
+  return step
+
+
+def _train_step(encoder, augment_images):
+  """Training transform, batch statistics; the running ones move on."""
+
+  def step(variables, images, key):
+    features, updated = encoder.apply(
+      variables,
+      augment_images(key, images),
+      train=True,
+      mutable=["batch_stats"],
+    )
+    return variables | updated, features
+
+  return step
+
+
+# step(variables, images u8, key) -> variables, features
+_ENCODE_STEPS = {"eval": _eval_step, "train": _train_step}

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -95,8 +94,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     dataset = load_dataset(config, writer)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
-    plan = lambda epoch: sampler.shuffled(
-      len(images), config.batch_size, config.seed, epoch
+    plan = functools.partial(
+      sampler.shuffled, len(images), config.batch_size, config.seed
     )
     steps_per_epoch = len(plan(0))
     end = config.epochs * steps_per_epoch
@@ -114,7 +113,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     if step:
       writer.log(f"goes on after step {step} of {end}")
     elif dataset.query is not None:
-      writer.write(0, "evaluate", evaluate_now(parts, state, dataset, writer))
+      writer.write(0, "evaluate", evaluate_state(parts, state, dataset, writer))
 
     train_step = compile_step(parts, state, key)
     due = {
@@ -145,13 +144,10 @@ def train(config: ConfigDict, workdir: str) -> None:
       check_finite(latest, step)
       saved = {"state": state, "labels": labels}
       if step == end or step % due["evaluate"] == 0:
-        if dataset.query is None:
-          export_features(parts, state, dataset.train, workdir, writer)
-        else:
-          scores = evaluate_now(parts, state, dataset, writer)
-          if is_best(scores, writer.history("evaluate")):
-            checkpoints.save("best", step, saved)
-          writer.write(step, "evaluate", scores)
+        scores = evaluate_state(parts, state, dataset, writer)
+        if is_best(scores, writer.history("evaluate")):
+          checkpoints.save("best", step, saved)
+        writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, saved)
     if stop and step < end:
@@ -179,11 +175,8 @@ def score(config: ConfigDict, workdir: str) -> None:
       if checkpoints.step(which) is None:
         continue
       state = checkpoints.restore(which, like)["state"]
-      if dataset.query is None:
-        export_features(parts, state, dataset.train, workdir, writer)
-      else:
-        scores = evaluate_now(parts, state, dataset, writer)
-        rows.append({"step": int(state.step)} | scores)
+      scores = evaluate_state(parts, state, dataset, writer)
+      rows.append({"step": int(state.step)} | scores)
     writer.table(rows)
 
 
@@ -222,63 +215,31 @@ def relabel(
   )
   labels = parts.method.label(state.method, features, train_set.camids)
   labels = np.asarray(labels, np.int32)
-  banks = parts.method.refresh(
-    state.method, features, labels, train_set.camids
-  )
+  banks = parts.method.refresh(state.method, features, labels, train_set.camids)
   stats = variables["batch_stats"]
   return state.replace(batch_stats=stats, method=banks), labels
 
 
-def evaluate_now(
+def evaluate_state(
   parts: Parts, state: TrainState, dataset: data.Dataset, writer: Writer
 ) -> dict[str, float]:
-  """Scores the encoder on query and gallery."""
-  scores = evaluate.evaluate(
-    parts.encode["eval"],
-    state.variables,
-    dataset,
-    parts.method.distance,
-    parts.config.evaluate_batch_size,
-    writer.track,
-  )
+  """Scores the encoder; without queries, exports the train set's features."""
+  step = int(state.step)
+  if dataset.query is None:
+    path = writer.folder / "features.npz"
+    evaluate.export_features(parts, state, dataset.train, path, writer.track)
+    writer.log(f"{f'step {step}':<20}features are in {path}")
+    return {}
+  scores = evaluate.evaluate(parts, state, dataset, writer.track)
   text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
-  writer.log(f"{f'step {int(state.step)}':<20}{text}")
+  writer.log(f"{f'step {step}':<20}{text}")
   return scores
 
 
 def is_best(scores: dict[str, float], history: list[dict]) -> bool:
   """Whether no trained encoder had a higher mAP; on the test set, as usual."""
-  return scores["mAP"] > max(
-    (line["mAP"] for line in history if line["step"]), default=-1.0
-  )
-
-
-def export_features(
-  parts: Parts,
-  state: TrainState,
-  split: data.Split,
-  workdir: str,
-  writer: Writer,
-) -> None:
-  """Writes WORKDIR/features.npz: names, camids and features of a split."""
-  _, features = evaluate.encode(
-    parts.encode["eval"],
-    state.variables,
-    split.images,
-    np.arange(len(split.images)),
-    parts.config.evaluate_batch_size,
-    jax.random.key(0),
-    "encode",
-    writer.track,
-  )
-  if not isinstance(features, dict):
-    features = {"features": features}
-  path = pathlib.Path(workdir) / "features.npz"
-  if jax.process_index() == 0:
-    with open(path.with_suffix(".partial"), "wb") as file:
-      np.savez(file, names=split.names, camids=split.camids, **features)
-    os.replace(path.with_suffix(".partial"), path)
-  writer.log(f"features of {len(split.names)} images in {path}")
+  trained = [line for line in history if line["step"]]
+  return bool(scores) and all(scores["mAP"] > x["mAP"] for x in trained)
 
 
 def check_finite(metrics: dict[str, Array] | None, step: int) -> None:

@@ -31,13 +31,13 @@ class Writer:
   """
 
   def __init__(self, workdir: str):
-    self._folder = pathlib.Path(workdir)
-    self._path = self._folder / "metrics.jsonl"
+    self.folder = pathlib.Path(workdir)
+    self._path = self.folder / "metrics.jsonl"
     self._lines = _read(self._path)
     self._events = None
     self._is_main = jax.process_index() == 0
     if self._is_main:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      self.folder.mkdir(parents=True, exist_ok=True)
     self._console = rich.console.Console(
       stderr=True, force_terminal=sys.stderr.isatty()
     )
@@ -188,6 +188,7 @@ class Writer:
     Args:
       rows: each with "step", mAP, R1, R5 and R10 (fractions of 1).
     """
+    rows = [row for row in rows if "mAP" in row]
     if not rows or not self._is_main:
       return
     best = max(rows, key=lambda row: (row["step"] > 0, row["mAP"]))
@@ -205,10 +206,10 @@ class Writer:
       rich.console.Console(file=file, force_terminal=False).print(table)
 
   def _open_log(self):
-    return open(self._folder / "log.txt", "a", encoding="utf-8")
+    return open(self.folder / "log.txt", "a", encoding="utf-8")
 
   def _open_events(self, purge_step: int | None = None):
-    folder = str(self._folder / "tensorboard")
+    folder = str(self.folder / "tensorboard")
     return tensorboardX.SummaryWriter(
       folder, purge_step=purge_step, flush_secs=10
     )

@@ -101,7 +101,7 @@ def make(**hyperparameters) -> Method:
   )
 
 
-def init(key: Array, features: dict[str, jax.ShapeDtypeStruct]) -> State:
+def init(key, features) -> State:
   """Empty banks for these features, "global" [n, d] and "local" [n, s, e]."""
   del key
   dim, local_dim = features["global"].shape[1], features["local"].shape[1:]
@@ -115,17 +115,14 @@ def init(key: Array, features: dict[str, jax.ShapeDtypeStruct]) -> State:
     global_bank=empty("global"),
     local_bank=empty("local"),
     mixture=empty("global"),
-    camids=jnp.full(memory.capacity(features["global"].shape[0]), -1, jnp.int32),
+    camids=jnp.full(
+      memory.capacity(features["global"].shape[0]), -1, jnp.int32
+    ),
     step=jnp.zeros((), jnp.int32),
   )
 
 
-def refresh(
-  state: State,
-  features: dict[str, Array],
-  labels: Int[Array, " n"],
-  camids: Int[Array, " n"],
-) -> State:
+def refresh(state: State, features, labels, camids) -> State:
   """Fills the global and the local bank; the mixture bank starts at zero."""
   del labels
   empty = len(state.camids) - len(camids)
@@ -136,13 +133,7 @@ def refresh(
   )
 
 
-def loss(
-  hp: Hyperparameters,
-  state: State,
-  features: dict[str, Array],
-  batch: Batch,
-  key: Array,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
   """Multi-positive loss of both branches against the mixture bank."""
   rows, valid, weights = choose(hp, state, features, batch, key)
   inputs = _branches(hp, features)
@@ -158,13 +149,7 @@ def loss(
   return value, metrics | {"self_is_nearest": jnp.mean(best == 0)}
 
 
-def update(
-  hp: Hyperparameters,
-  state: State,
-  features: dict[str, Array],
-  batch: Batch,
-  key: Array,
-) -> State:
+def update(hp: Hyperparameters, state: State, features, batch: Batch, key):
   """Writes the features into the mixture bank, then into the other two."""
   rows, valid, weights = choose(hp, state, features, batch, key)
   inputs = _branches(hp, features)
@@ -179,11 +164,7 @@ def update(
 
 
 def choose(
-  hp: Hyperparameters,
-  state: State,
-  features: dict[str, Array],
-  batch: Batch,
-  key: Array,
+  hp: Hyperparameters, state: State, features, batch: Batch, key
 ) -> tuple[Int[Array, "b m"], Bool[Array, "b m"], Float[Array, " p"]]:
   """Each anchor's row, its positives and its negatives, nearest first.
 
@@ -214,11 +195,7 @@ def choose(
 
 
 def distance(
-  hp: Hyperparameters,
-  query: dict[str, Array],
-  gallery: dict[str, Array],
-  query_camids: Int[Array, " q"],
-  gallery_camids: Int[Array, " g"],
+  hp: Hyperparameters, query, gallery, query_camids, gallery_camids
 ) -> Float[Array, "q g"]:
   """Global and mean local Euclidean distance, plus the camera penalty."""
 
