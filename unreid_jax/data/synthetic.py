@@ -161,7 +161,7 @@ def _occlude(rng: np.random.Generator, canvas) -> None:
 def make(
   seed: int = 0,
   *,
-  num_train_ids: int = 60,
+  num_train_ids: int = 90,
   num_test_ids: int = 40,
   num_distractors: int = 40,
   num_cameras: int = 4,

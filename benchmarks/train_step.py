@@ -1,0 +1,263 @@
+"""A training step: ours, and the same one in PyTorch, on the same device.
+
+  python benchmarks/train_step.py --arch=resnet50 --batch=32 --height=256 \
+      --width=128 [--dtype=bfloat16] [--steps=5]
+
+The step takes uint8 images, encodes them (ResNet, last stride 1, average
+pooling, BN neck), compares the unit features with 700 centroids (cross-entropy,
+temperature .05), and updates all weights by Adam with weight decay. Ours is the
+library's own train step with that loss as its method. Each contender runs in a
+process of its own, one after the other, for --rounds rounds, and its fastest
+round counts. Utilisation is the share of what a large matrix product of the
+same type reaches on this device in the same process. PyTorch is left out where
+it is not installed. Memory is the device's peak, on a CPU the process's.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+CENTROIDS, TEMPERATURE, LR, DECAY = 700, 0.05, 3.5e-4, 5e-4
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+def time_steps(step, wait, args) -> float:
+  """Seconds a step, after one step to warm up."""
+  step()
+  wait()
+  start = time.perf_counter()
+  for _ in range(args.steps):
+    step()
+  wait()
+  return (time.perf_counter() - start) / args.steps
+
+
+def images_and_labels(args):
+  rng = np.random.default_rng(0)
+  shape = (args.batch, args.height, args.width, 3)
+  labels = rng.integers(0, CENTROIDS, args.batch)
+  return rng.integers(0, 256, shape, np.uint8), labels
+
+
+def run_jax(args) -> dict:
+  """The library's step."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+  from jax import lax
+  from jax.sharding import NamedSharding
+
+  from configs import default
+  from unreid_jax import methods, sharding, state, train
+
+  def loss(bank, features, batch, key):
+    logits = features @ bank.T / TEMPERATURE
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch.labels
+    ).mean(), {}
+
+  def init(key, features):
+    bank = jax.random.normal(key, (CENTROIDS, features.shape[1]))
+    return bank / jnp.linalg.norm(bank, axis=1, keepdims=True)
+
+  method = methods.Method(
+    init=init,
+    encode=None,
+    label=None,
+    refresh=lambda bank, *_: bank,
+    loss=loss,
+    update=lambda bank, *_: bank,
+    distance=methods.euclidean_distance,
+  )
+  state.methods.make = lambda name: method
+  config = default.get_config("selective", "synthetic")
+  with config.unlocked():
+    config.method = {"name": "centroids"}
+  config.update(
+    {
+      "batch_size": args.batch,
+      "num_devices": 1,
+      "dataset": {"height": args.height, "width": args.width},
+      "encoder": {"arch": args.arch, "dtype": args.dtype},
+      "augment": {"flip": False, "pad": 0, "erase_probability": 0.0},
+      "optim": {"lr": LR, "weight_decay": DECAY, "milestones": ()},
+    }
+  )
+  images, labels = images_and_labels(args)
+  labels = labels.astype(np.int32)
+  with jax.set_mesh(sharding.make_mesh(1)) as mesh:
+    mesh = jax.sharding.get_mesh()
+    parts, first = state.build(config, args.batch, 1)
+    key = jax.device_put(jax.random.key(0), NamedSharding(mesh, sharding.COPY))
+    start = time.perf_counter()
+    compiled = train.compile_step(parts, first, key)
+    seconds_to_compile = time.perf_counter() - start
+    rows = np.arange(args.batch)
+    arrays = images, labels, labels, labels
+    batch = methods.Batch(*(sharding.put_rows(mesh, x, rows) for x in arrays))
+    box = [first]
+
+    def step():
+      box[0], _ = compiled(box[0], batch, key)
+
+    seconds = time_steps(step, lambda: jax.block_until_ready(box), args)
+  square = jnp.ones((4096, 4096), args.dtype)
+  product = jax.jit(lambda x: lax.dot(x, x, precision=lax.Precision.DEFAULT))
+  product(square).block_until_ready()
+  start = time.perf_counter()
+  for _ in range(3):
+    out = product(square)
+  out.block_until_ready()
+  peak = 3 * 2 * 4096**3 / (time.perf_counter() - start)
+  device = jax.devices()[0]
+  stats = device.memory_stats() or {}
+  return {
+    "device": device.device_kind,
+    "seconds": seconds,
+    "compile": seconds_to_compile,
+    "memory": stats.get("peak_bytes_in_use", resident()),
+    "flops": compiled.cost_analysis()["flops"],
+    "peak": peak,
+  }
+
+
+def run_torch(args) -> dict:
+  """The same network, loss and optimizer in PyTorch, eager or compiled."""
+  import torch
+  from torch import nn
+  from torch.nn import functional as F
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  depth = int(args.arch.removeprefix("resnet"))
+  expansion = 4 if depth >= 50 else 1
+
+  def conv(inputs, outputs, size, stride=1, relu=True):
+    layers = [
+      nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False),
+      nn.BatchNorm2d(outputs),
+    ]
+    return [*layers, nn.ReLU(inplace=True)] if relu else layers
+
+  class Block(nn.Module):
+    def __init__(self, inputs, channels, stride):
+      super().__init__()
+      outputs = channels * expansion
+      if expansion == 4:
+        body = conv(inputs, channels, 1) + conv(channels, channels, 3, stride)
+        body += conv(channels, outputs, 1, relu=False)
+      else:
+        body = conv(inputs, channels, 3, stride)
+        body += conv(channels, outputs, 3, relu=False)
+      self.body = nn.Sequential(*body)
+      self.shortcut = nn.Identity()
+      if inputs != outputs or stride != 1:
+        self.shortcut = nn.Sequential(
+          *conv(inputs, outputs, 1, stride, relu=False)
+        )
+
+    def forward(self, x):
+      return F.relu(self.body(x) + self.shortcut(x))
+
+  layers, inputs = [*conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64
+  for stage, blocks in enumerate(BLOCKS[depth]):
+    for i in range(blocks):
+      stride = 2 if i == 0 and stage in (1, 2) else 1
+      layers.append(Block(inputs, 64 * 2**stage, stride))
+      inputs = 64 * 2**stage * expansion
+  layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(inputs)]
+  net = nn.Sequential(*layers).to(device)
+  net[-1].bias.requires_grad_(False)
+  bank = F.normalize(torch.randn(CENTROIDS, inputs, device=device))
+  optimizer = torch.optim.Adam(
+    [p for p in net.parameters() if p.requires_grad], LR, weight_decay=DECAY
+  )
+  images, labels = (
+    torch.from_numpy(x).to(device) for x in images_and_labels(args)
+  )
+  mean = torch.tensor((0.485, 0.456, 0.406), device=device)
+  std = torch.tensor((0.229, 0.224, 0.225), device=device)
+
+  def loss_of(images):
+    x = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.autocast(device, torch.bfloat16, args.dtype == "bfloat16"):
+      features = F.normalize(net(x).float())
+    return F.cross_entropy(features @ bank.T / TEMPERATURE, labels)
+
+  if args.only == "compiled":
+    loss_of = torch.compile(loss_of)
+
+  def step():
+    optimizer.zero_grad()
+    loss_of(images).backward()
+    optimizer.step()
+
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+  start = time.perf_counter()
+  step()
+  wait()
+  first = time.perf_counter() - start
+  seconds = time_steps(step, wait, args)
+  memory = resident()
+  if device == "cuda":
+    memory = torch.cuda.max_memory_allocated()
+  return {"seconds": seconds, "compile": first - seconds, "memory": memory}
+
+
+def resident() -> int:
+  """The most memory that this process had, in bytes."""
+  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--arch", default="resnet50", help="resnet18, 34, 50")
+  parser.add_argument("--batch", type=int, default=32)
+  parser.add_argument("--height", type=int, default=256)
+  parser.add_argument("--width", type=int, default=128)
+  parser.add_argument("--dtype", default="float32", help="or bfloat16")
+  parser.add_argument("--steps", type=int, default=3)
+  parser.add_argument("--rounds", type=int, default=2)
+  parser.add_argument("--only", choices=["jax", "eager", "compiled"])
+  args = parser.parse_args()
+  if args.only:
+    result = run_jax(args) if args.only == "jax" else run_torch(args)
+    print(json.dumps(result))
+    return
+  names = ["jax"]
+  if importlib.util.find_spec("torch"):
+    names += ["eager", "compiled"]
+  runs = {name: [] for name in names}
+  for _ in range(args.rounds):
+    for name in names:
+      command = [sys.executable, *sys.argv, f"--only={name}"]
+      done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+      runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+  best = {k: min(v, key=lambda run: run["seconds"]) for k, v in runs.items()}
+  ours = best["jax"]
+  print(
+    f"{args.arch} {args.dtype}, batch {args.batch} of {args.height}x"
+    f"{args.width}, on {ours['device']}: {ours['flops'] / 1e9:.0f} GFLOP a step"
+  )
+  print(
+    f"{'':<18}{'images/s':>9}{'ours':>7}{'compile':>9}{'memory':>9}{'use':>6}"
+  )
+  for name, run in best.items():
+    use = ours["flops"] / run["seconds"] / ours["peak"]
+    title = "unreid_jax" if name == "jax" else f"PyTorch {name}"
+    print(
+      f"{title:<18}{args.batch / run['seconds']:>9.1f}"
+      f"{run['seconds'] / ours['seconds']:>6.2f}x{run['compile']:>7.1f} s"
+      f"{run['memory'] / 1e9:>6.1f} GB{100 * use:>5.0f}%"
+    )
+
+
+if __name__ == "__main__":
+  main()
