@@ -61,8 +61,8 @@ def _small(config):
       },
       "optim": {"lr": 1e-3, "milestones": ("45 epochs",)},
       "method": {
-        "warmup": "5 epochs",
-        "num_positives": 5,
+        "warmup": "20 epochs",
+        "num_positives": 3,
         "num_negatives": 300,
         "camera_penalty": 1.0,
       },

@@ -13,6 +13,17 @@ import pytest
 jaxtyping.install_import_hook("unreid_jax", "beartype.beartype")
 
 
+@pytest.fixture(scope="session")
+def make_encoder():
+  """`models.make` with the default config's values but for the changes."""
+  from configs import default
+  from unreid_jax import models
+
+  options = dict(default.get_config("selective", "synthetic").encoder)
+  del options["pretrained"]
+  return lambda **changes: models.make(**options | changes)
+
+
 @pytest.fixture
 def golden():
   """Loads tests/goldens/NAME.npz, made by running the references' code."""

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 from numpy.testing import assert_allclose, assert_array_equal
 
-from unreid_jax import UserError, models
+from unreid_jax import UserError
 from unreid_jax.models import heads, norm, pretrained
 
 
@@ -100,11 +100,11 @@ def _check_stages(z, mode, captured):
 
 
 @pytest.mark.parametrize("name", ["r50_avg", "r50_gem", "ibn50a_gem"])
-def test_encoder_equals_the_references(golden, name):
+def test_encoder_equals_the_references(golden, make_encoder, name):
   z = golden(f"encoder_{name}")
   arch, pooling = name.split("_")
   ibn = arch == "ibn50a"
-  encoder = models.make("resnet50" + "_ibn_a" * ibn, pooling=pooling)
+  encoder = make_encoder(arch="resnet50" + "_ibn_a" * ibn, pooling=pooling)
   shapes = {**_resnet50_shapes(ibn), **_bn("feat_bn", 2048)}
   shapes |= {"gap.p": (1,)} if pooling == "gem" else {}
   variables = _fill(encoder, shapes)
@@ -158,9 +158,9 @@ def _check_gradients(z, grads):
     assert_allclose(grads["head"]["pool"]["p"], z["grad_gem_p"], 5e-3)
 
 
-def test_stripes_equal_the_reference(golden):
+def test_stripes_equal_the_reference(golden, make_encoder):
   z = golden("encoder_scl")
-  encoder = models.make(head="stripes", embedding_dim=512, stripe_dim=64)
+  encoder = make_encoder(head="stripes", embedding_dim=512, stripe_dim=64)
   shapes = _resnet50_shapes(base=_CNN)
   avg, local = "avg_pooling.embeding", "local_pooling.local_conv_list"
   shapes |= {f"{avg}.weight": (512, 2048), f"{avg}.bias": (512,)}
@@ -247,11 +247,13 @@ def _random(leaf):
   return jnp.float32(values * (leaf.shape[-2] if leaf.ndim > 1 else 1) ** -0.5)
 
 
-def test_bfloat16_stays_close_and_returns_float32():
+def test_bfloat16_stays_close_and_returns_float32(make_encoder):
   images = jax.random.normal(jax.random.key(1), (8, 128, 32, 3))
   outputs = []
   for dtype in "float32", "bfloat16":
-    encoder = models.make("resnet18_ibn_a", 0.125, "stripes", dtype=dtype)
+    encoder = make_encoder(
+      arch="resnet18_ibn_a", width=0.125, head="stripes", dtype=dtype
+    )
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), images)
     variables = jax.tree.map(_random, shapes)
     apply = functools.partial(
@@ -277,8 +279,8 @@ def test_bfloat16_stays_close_and_returns_float32():
     (152, 60192808),
   ],
 )
-def test_parameter_counts_are_torchvisions(depth, count, suffix):
-  encoder = models.make(f"resnet{depth}{suffix}")
+def test_parameter_counts_are_torchvisions(make_encoder, depth, count, suffix):
+  encoder = make_encoder(arch=f"resnet{depth}{suffix}")
   images = jnp.zeros((1, 64, 32, 3))
   variables = jax.eval_shape(encoder.init, jax.random.key(0), images)
   sizes = jax.tree.map(lambda leaf: leaf.size, variables["params"]["backbone"])
@@ -304,10 +306,10 @@ def test_the_neck_bias_is_frozen_and_features_are_unit():
   assert grads["bn"]["scale"].any()
 
 
-def test_mistakes_are_explained():
+def test_mistakes_are_explained(make_encoder):
   with pytest.raises(UserError, match="resnet50_ibn_a"):
-    models.make("resnet51")
-  encoder = models.make("resnet18", 0.125, "stripes")
+    make_encoder(arch="resnet51")
+  encoder = make_encoder(arch="resnet18", width=0.125, head="stripes")
   key, images = jax.random.key(0), jnp.zeros((1, 113, 16, 3))
   jax.eval_shape(encoder.init, key, images)  # just high enough
   with pytest.raises(UserError, match="at least 113 pixels"):

@@ -4,7 +4,15 @@ import numpy as np
 import optax
 import pytest
 
-from unreid_jax import UserError, models, optim
+from unreid_jax import UserError, optim
+
+CONSTANT = {
+  "milestones": (),
+  "gamma": 0.1,
+  "warmup": 0,
+  "warmup_factor": 0.01,
+  "warmup_curve": "linear",
+}
 
 ADAM = {"name": "adam", "lr": 3.5e-4}
 OPTIMIZERS = {
@@ -41,6 +49,11 @@ SCHEDULES = {
 }
 
 
+def make(**options):
+  defaults = CONSTANT | {"momentum": 0.9, "nesterov": False}
+  return optim.make(**defaults | options)
+
+
 def run(optimizer, params, grads):
   """The parameters after each step, jitted."""
 
@@ -57,13 +70,13 @@ def run(optimizer, params, grads):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_golden_optimizers(golden, name):
   want = golden("optim")
-  optimizer = optim.make(**OPTIMIZERS[name])
+  optimizer = make(**OPTIMIZERS[name])
   got = run(optimizer, jnp.asarray(want["p0"]), jnp.asarray(want["grads"]))
   np.testing.assert_allclose(got, want[name], atol=2e-6)
 
 
 def test_sgd_without_nesterov():
-  optimizer = optim.make("sgd", 0.1, 0.5, momentum=0.9)
+  optimizer = make(name="sgd", lr=0.1, weight_decay=0.5)
   got = run(optimizer, jnp.array(1.0), jnp.array([1.0, 2.0]))
   first = 1 - 0.1 * 1.5
   second = first - 0.1 * (0.9 * 1.5 + 2 + 0.5 * first)
@@ -73,7 +86,7 @@ def test_sgd_without_nesterov():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_golden_schedules(golden, name):
   want = golden("optim")[f"{name}_f64"]
-  schedule = optim.step_decay(3.5e-4, **SCHEDULES[name])
+  schedule = optim.step_decay(3.5e-4, **CONSTANT | SCHEDULES[name])
   # That trainer moves the schedule on before an epoch, the others after it.
   first = 1 if name == "warmup_unsup_default" else 0
   got = jax.vmap(schedule)(first + jnp.arange(len(want)))
@@ -81,20 +94,27 @@ def test_golden_schedules(golden, name):
 
 
 def test_the_schedule_follows_the_optimizers_count():
-  optimizer = optim.make("sgd", 1.0, 0.0, 0.0, milestones=(2,), gamma=0.5)
+  optimizer = make(
+    name="sgd",
+    lr=1.0,
+    weight_decay=0.0,
+    momentum=0.0,
+    milestones=(2,),
+    gamma=0.5,
+  )
   got = run(optimizer, jnp.array(0.0), -jnp.ones(4))
   np.testing.assert_allclose(got, [1, 2, 2.5, 3])
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_only_the_bias_of_the_neck_is_frozen(name):
-  encoder = models.make("resnet18", width=0.125)
+def test_only_the_bias_of_the_neck_is_frozen(make_encoder, name):
+  encoder = make_encoder(arch="resnet18", width=0.125)
   images = jnp.zeros((1, 32, 16, 3))
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), images)["params"]
   shapes["backbone"] = shapes["backbone"]["layer4_0"]  # enough, and quick
   params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
   grads = jax.tree.map(lambda x: jnp.zeros((1, *x.shape)), params)
-  new = run(optim.make(name, 0.1, 0.5), params, grads)
+  new = run(make(name=name, lr=0.1, weight_decay=0.5), params, grads)
   same = jax.tree.map(lambda a, b: bool((a == b).any()), params, new)
   assert same["head"]["bn"].pop("bias")
   assert not any(jax.tree.leaves(same))
@@ -102,6 +122,6 @@ def test_only_the_bias_of_the_neck_is_frozen(name):
 
 def test_unknown_names():
   with pytest.raises(UserError, match="adamw"):
-    optim.make("adamw", 1e-3, 0.0)
+    make(name="adamw", lr=1e-3, weight_decay=0.0)
   with pytest.raises(UserError, match="cosine"):
-    optim.make("adam", 1e-3, 0.0, warmup_curve="cosine")
+    make(name="adam", lr=1e-3, weight_decay=0.0, warmup_curve="cosine")

@@ -10,18 +10,20 @@ import safetensors.numpy
 from flax import traverse_util
 from numpy.testing import assert_array_equal
 
-from unreid_jax import UserError, models
+from unreid_jax import UserError
 from unreid_jax.models import pretrained
 
 _IMAGES = jnp.zeros((1, 128, 16, 3))
 
 
 @pytest.fixture(scope="module")
-def encoders():
+def encoders(make_encoder):
   """A small encoder's variables for each head, filled with ones."""
 
   def make(head):
-    encoder = models.make("resnet18", 0.125, head, "gem", stripe_dim=4)
+    encoder = make_encoder(
+      arch="resnet18", width=0.125, head=head, pooling="gem", stripe_dim=4
+    )
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), _IMAGES)
     return jax.tree.map(lambda v: jnp.ones(v.shape), shapes)
 

@@ -19,8 +19,8 @@ def make(
   name: str,
   lr: float,
   weight_decay: float,
-  momentum: float = 0.9,
-  nesterov: bool = False,
+  momentum: float,
+  nesterov: bool,
   **schedule,
 ) -> optax.GradientTransformation:
   """SGD or Adam with weight decay in the gradient, as in `torch.optim`.
@@ -52,11 +52,11 @@ def make(
 
 def step_decay(
   lr: float,
-  milestones: Sequence[int] = (),
-  gamma: float = 0.1,
-  warmup: int = 0,
-  warmup_factor: float = 0.01,
-  warmup_curve: str = "linear",
+  milestones: Sequence[int],
+  gamma: float,
+  warmup: int,
+  warmup_factor: float,
+  warmup_curve: str,
 ) -> optax.Schedule:
   """The learning rate of step 0, 1, ...: `lr * gamma ** milestones passed`.
 

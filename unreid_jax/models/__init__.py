@@ -27,18 +27,18 @@ class Encoder(nn.Module):
 
 
 def make(
-  arch: str = "resnet50",
-  width: float = 1.0,
-  head: str = "neck",
-  pooling: str = "avg",
-  bn_group_size: int = 0,
-  bn_running: str = "first",
-  embedding_dim: int = 2048,
-  stripe_dim: int = 256,
-  num_stripes: int = 8,
-  dtype: str = "float32",
+  arch: str,
+  width: float,
+  head: str,
+  pooling: str,
+  bn_group_size: int,
+  bn_running: str,
+  embedding_dim: int,
+  stripe_dim: int,
+  num_stripes: int,
+  dtype: str,
 ) -> Encoder:
-  """Builds an encoder.
+  """Builds an encoder; the defaults for runs stand in configs/default.py.
 
   Its output is float32 and L2-normalised: features [b, d] of the head
   "neck"; {"global": [b, embedding_dim], "local": [b, num_stripes,
@@ -76,5 +76,5 @@ def make(
 def _check(key: str, value: str, valid) -> None:
   if value not in valid:
     raise UserError(
-      f"model.{key}={value!r} is unknown: choose one of {', '.join(valid)}"
+      f"encoder.{key}={value!r} is unknown: choose one of {', '.join(valid)}"
     )

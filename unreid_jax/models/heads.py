@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unreid_jax import UserError
+from unreid_jax.memory import normalize
 from unreid_jax.models.norm import GhostBatchNorm
 
 _KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -38,12 +39,6 @@ def gem(
   return top[:, 0, 0] * ((x / top) ** p).mean((1, 2)) ** (1 / p)
 
 
-def l2_normalise(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-  """Unit rows; a zero row stays zero, with a finite gradient."""
-  norm = jnp.square(x).sum(-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(norm, 1e-24))
-
-
 class Neck(nn.Module):
   """Pooling, batch norm with frozen bias, L2: features [b, d].
 
@@ -62,7 +57,7 @@ class Neck(nn.Module):
     norm = GhostBatchNorm(
       self.bn_group_size, self.bn_running, train_bias=False, name="bn"
     )
-    return l2_normalise(norm(x, train))
+    return normalize(norm(x, train))
 
 
 class Stripes(nn.Module):
@@ -99,7 +94,7 @@ class Stripes(nn.Module):
     parts = GhostBatchNorm(*norm_options, name="stripes_bn")(
       parts.reshape(shape[0], -1), train
     ).reshape(shape)
-    return {"global": l2_normalise(whole), "local": l2_normalise(parts)}
+    return {"global": normalize(whole), "local": normalize(parts)}
 
   def _pool_stripes(self, x: Float[Array, "b h w c"]) -> Float[Array, "b s c"]:
     b, h, w, c = x.shape
