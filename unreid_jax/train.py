@@ -51,15 +51,19 @@ def make_train_step(parts: Parts) -> Callable:
     updates, opt_state = parts.optimizer.update(
       grads, state.opt_state, state.params
     )
+    params = optax.apply_updates(state.params, updates)
     new_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       batch_stats=batch_stats,
       opt_state=opt_state,
       method=parts.method.update(state.method, features, batch, method_key),
     )
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)} | metrics
-    return new_state, metrics
+    norms = {
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),
+    }
+    return new_state, {"loss": loss} | norms | metrics
 
   return train_step
 
@@ -82,7 +86,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   """Trains, evaluates and saves; goes on from WORKDIR's last checkpoint.
 
   Raises:
-    UserError: bad input, or a loss or a gradient that is not finite.
+    UserError: bad input, or a loss, gradient or weight that is not finite.
     Interrupted: a signal asked to stop; the same call goes on.
   """
   with contextlib.ExitStack() as stack:
@@ -138,6 +142,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         check_finite(previous, step)  # one late: the device has work meanwhile
         step += 1
         if step % due["log"] == 0:
+          check_finite(latest, step)
           writer.write(step, "train", jax.device_get(latest))
         if stop := preemption.requested(step):
           break
@@ -243,8 +248,8 @@ def is_best(scores: dict[str, float], history: list[dict]) -> bool:
 
 
 def check_finite(metrics: dict[str, Array] | None, step: int) -> None:
-  """Stops a run whose loss or gradient is not finite, before it is saved."""
-  for name in ("loss", "grad_norm"):
+  """Stops a run that is not finite any more, before it is saved."""
+  for name in ("loss", "grad_norm", "param_norm"):
     if metrics and not np.isfinite(metrics[name]):
       raise UserError(
         f"{name} is {metrics[name]} at step {step}: the run stops, its last "
