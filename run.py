@@ -4,6 +4,7 @@ Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
 whatever way, goes on when it is started again with the same command.
 """
 
+import pathlib
 import re
 import sys
 
@@ -15,7 +16,7 @@ from unreid_jax import UserError
 from unreid_jax.train import Interrupted, score, train
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/selective.py", "Config file; FILE:DATASET for a data set."
+  "config", None, "Config file; FILE:DATASET for a data set."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where the run writes; runs/METHOD_DATASET if empty."
@@ -49,29 +50,31 @@ def main(argv: list[str]) -> None:
 
 
 def _config():
-  """The config, or why it cannot be read: it is loaded at the first access."""
-  try:
-    _CONFIG.value.seed  # noqa: B018
-  except UserError:
-    raise
-  except (OSError, SyntaxError, TypeError) as error:
-    raise UserError(f"--config: {error}") from error
-  return _CONFIG.value
+  """The config, or in one line why there is none."""
+  config = _CONFIG.value
+  if config is None:
+    raise UserError("say what to run: --config=configs/selective.py")
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  path = pathlib.Path(name.partition(":")[0])
+  if not path.is_file():
+    raise UserError(f"--config={path}: no such file")
+  config.seed  # noqa: B018 - what went wrong in the file is raised here
+  return config
 
 
 def _parse(argv):
-  """absl's own parser, but a misspelt key is answered with the nearest one."""
+  """absl's parsing, with each mistake answered in one line."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    text = str(error).strip().splitlines()[-1]
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', str(error))
     if not hint:
       raise
-    print(
-      f'error: the config has no key "{hint[2]}"; did you mean "{hint[1]}"?',
-      file=sys.stderr,
-    )
-    sys.exit(2)
+    text = f'the config has no key "{hint[2]}"; did you mean "{hint[1]}"?'
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unreid_jax import memory, methods, sharding
+from unreid_jax import evaluate, memory, methods, sharding
+from unreid_jax.data import Split
 from unreid_jax.methods import Batch, selective
 
 
@@ -21,9 +22,8 @@ def setup(z, **hyperparameters):
     "local": jnp.asarray(z["bank_local_before"]).swapaxes(0, 1),
   }
   camids = jnp.asarray(z["cams"], jnp.int32)
-  method = methods.make(
-    "selective", num_positives=5, num_negatives=7, **hyperparameters
-  )
+  small = {"num_positives": 5, "num_negatives": 7}
+  method = methods.make("selective", **small | hyperparameters)
   state = method.init(jax.random.key(0), jax.eval_shape(lambda: bank))
   state = method.refresh(state, bank, jnp.arange(n), camids)
   state = state.replace(mixture=memory.create(jnp.asarray(z["M_before"])))
@@ -59,3 +59,89 @@ def test_authors_loss_gradients_and_banks(golden, num_devices):
   close(after.global_bank[:n], z["bank_global_after"], 2e-6)
   local = after.local_bank[:n].swapaxes(0, 1)
   close(local, z["bank_local_after"], 2e-6)
+
+
+def test_authors_test_time_distance_and_scores(golden):
+  z = golden("scl_eval")
+  m = 15
+  method = methods.make("selective")
+  features = {
+    "global": z["global_feats"],
+    "local": z["local_feats"].swapaxes(0, 1),
+  }
+  query = {name: x[:m] for name, x in features.items()}
+  gallery = {name: x[m:] for name, x in features.items()}
+  camids = z["cams"].astype(np.int32)
+  distance = jax.jit(method.distance)
+  got = distance(query, gallery, camids[:m], camids[m:])
+  np.testing.assert_allclose(got, z["distmat"], 0, 2e-6)
+  images = np.zeros((len(camids), 1, 1, 3), np.uint8)
+  splits = (
+    Split(images[i], z["pids"][i], camids[i], tuple(map(str, camids[i])))
+    for i in (slice(m), slice(m, None))
+  )
+  scores = evaluate.score(
+    query, gallery, *splits, distance, lambda items, *_, **__: items
+  )
+  assert scores["mAP"] == pytest.approx(float(z["map_f64"]), abs=1e-6)
+  for k in (1, 5, 10):
+    assert scores[f"R{k}"] == pytest.approx(float(z["cmc"][k - 1]), abs=1e-6)
+
+
+def test_warmup_draws_the_same_negatives_for_the_whole_batch(golden):
+  z, key = golden("scl_unsup"), jax.random.key(3)
+  method, state, features, batch = setup(z, warmup=1)
+  hp = selective.Hyperparameters(num_positives=5, num_negatives=7, warmup=1)
+  rows, valid, weights = selective.choose(hp, state, features, batch, key)
+  assert valid.all()
+  np.testing.assert_array_equal(weights, [0.5, 0, 0, 0, 0, 0])
+  np.testing.assert_array_equal(rows[:, 0], batch.indices)
+  order = np.argsort(jax.random.uniform(key, state.camids.shape))
+  order = [i for i in order if i < len(z["cams"])]
+  for row, index in zip(rows, batch.indices, strict=True):
+    others = [i for i in order if i != index]
+    np.testing.assert_array_equal(row[1:], others[:12])
+  # Only the anchors' own rows are written, and the warm-up ends.
+  after = method.update(state, features, batch, key)
+  changed = np.any(after.mixture != state.mixture, axis=1)
+  assert set(np.flatnonzero(changed)) == set(np.asarray(batch.indices))
+  assert after.step == 1
+  weights = selective.choose(hp, after, features, batch, key)[2]
+  np.testing.assert_allclose(weights, [0.5, *[1.75 * 0.5 / 5] * 5])
+
+
+def test_frozen_gradient_is_the_losses_own(golden):
+  z, key = golden("scl_unsup"), jax.random.key(0)
+  method, state, features, batch = setup(z, gradient="frozen")
+  value = lambda f: method.loss(state, f, batch, key)[0]
+  hp = selective.Hyperparameters(num_positives=5, num_negatives=7)
+  rows, _, weights = selective.choose(hp, state, features, batch, key)
+
+  def twin(features):
+    total = 0.0
+    local = features["local"].reshape(len(rows), -1)
+    for x, branch in ((local, 0.3), (features["global"], 0.7)):
+      logits = 10 * jnp.einsum("bd,bmd->bm", x, state.mixture[rows])
+      entropies = -jax.nn.log_softmax(logits)[:, :6]
+      total += branch * (entropies @ weights).mean()
+    return total
+
+  for a, b in zip(
+    *(jax.tree.leaves(jax.grad(f)(features)) for f in (value, twin)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, 0, 1e-6)
+  sequential, *_ = setup(z)
+  same = sequential.loss(state, features, batch, key)[0]
+  np.testing.assert_allclose(same, value(features), 1e-6)
+
+
+def test_fewer_images_than_negatives(golden):
+  """All other images are negatives, and rows without an image are not."""
+  z, key = golden("scl_unsup"), jax.random.key(0)
+  method, state, features, batch = setup(z, num_negatives=500)
+  hp = selective.Hyperparameters(num_positives=5, num_negatives=500)
+  rows, valid, _ = selective.choose(hp, state, features, batch, key)
+  for row, exists in zip(np.asarray(rows), np.asarray(valid), strict=True):
+    assert sorted(row[exists]) == list(range(80))
+  assert np.isfinite(method.loss(state, features, batch, key)[0])

@@ -73,6 +73,18 @@ class Hyperparameters:
   camera_at_test: bool = True
   squared_at_test: bool = False
 
+  def __post_init__(self):
+    choices = {
+      "bank_init": ("train", "eval"),
+      "gradient": ("sequential", "frozen"),
+    }
+    for name, known in choices.items():
+      if getattr(self, name) not in known:
+        raise UserError(
+          f'method.{name} is "{getattr(self, name)}": set it to '
+          f'"{known[0]}" or "{known[1]}"'
+        )
+
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
