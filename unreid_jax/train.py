@@ -119,7 +119,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     elif dataset.query is not None:
       writer.write(0, "evaluate", evaluate_state(parts, state, dataset, writer))
 
-    train_step = compile_step(parts, state, key)
+    train_step = compile_step(parts, state, key) if step < end else None
     due = {
       what: to_steps(config[f"{what}_every"], steps_per_epoch) or end
       for what in ("evaluate", "checkpoint", "log")

@@ -1,0 +1,58 @@
+"""Blocks and batches leave no trace in the result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unreid_jax import evaluate, methods, ranking, sharding
+from unreid_jax.data import Split
+
+
+def track(items, *_, **__):
+  return items
+
+
+def make_split(rng, num):
+  images = rng.integers(0, 256, (num, 4, 2, 3), np.uint8)
+  pids, camids = rng.integers(0, 9, (2, num)).astype(np.int32)
+  return Split(images, pids, camids, tuple(map(str, range(num))))
+
+
+@pytest.mark.parametrize("num", [21, 3])  # more and fewer than a block
+def test_score_equals_the_whole_matrix(monkeypatch, num):
+  monkeypatch.setattr(evaluate, "_QUERIES", 7)
+  monkeypatch.setattr(evaluate, "_GALLERY", 11)
+  rng = np.random.default_rng(0)
+  query, gallery = make_split(rng, num), make_split(rng, 40)
+  features = [rng.standard_normal((n, 8), np.float32) for n in (num, 40)]
+  got = evaluate.score(
+    *features, query, gallery, jax.jit(methods.euclidean_distance), track
+  )
+  distances = 2 - 2 * features[0] @ features[1].T
+  want = ranking.evaluate_rank(
+    distances, query.pids, gallery.pids, query.camids, gallery.camids
+  )
+  assert got["mAP"] == pytest.approx(want.mAP, abs=1e-6)
+  assert got["mINP"] == pytest.approx(want.mINP, abs=1e-6)
+  for k in (1, 5, 10):
+    assert got[f"R{k}"] == pytest.approx(want.cmc[k - 1], abs=1e-6)
+
+
+def test_encode_returns_features_in_the_order_of_the_images():
+  rng = np.random.default_rng(0)
+  images, order = make_split(rng, 13).images, rng.permutation(13)
+  seen = []
+
+  def step(count, images, key):
+    seen.append(np.asarray(images))
+    pixels = images.reshape(len(images), -1).astype(jnp.float32)
+    return count + 1, {"global": pixels}
+
+  with jax.set_mesh(sharding.make_mesh(4)):
+    count, features = evaluate.encode(
+      step, 0, images, order, 4, jax.random.key(0), "", track
+    )
+  assert count == 4
+  np.testing.assert_array_equal(features["global"], images.reshape(13, -1))
+  np.testing.assert_array_equal(np.concatenate(seen)[:13], images[order])
