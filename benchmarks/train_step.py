@@ -208,7 +208,7 @@ def run_torch(args) -> dict:
   memory = resident()
   if device == "cuda":
     memory = torch.cuda.max_memory_allocated()
-  return {"seconds": seconds, "compile": first - seconds, "memory": memory}
+  return {"seconds": seconds, "compile": max(first - seconds, 0), "memory": memory}
 
 
 def resident() -> int:
