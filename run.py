@@ -44,6 +44,11 @@ def main(argv: list[str]) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except OSError as error:
+    if not error.filename:
+      raise
+    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    sys.exit(2)
   except Interrupted as stopped:
     print(f"{stopped}; the same command goes on", file=sys.stderr)
     sys.exit(_STOPPED)
@@ -68,6 +73,7 @@ def _parse(argv):
     return flags.FLAGS(argv)
   except flags.Error as error:
     text = str(error).strip().splitlines()[-1]
+    text = text.removeprefix("unreid_jax.UserError: ")
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', str(error))
     if not hint:

@@ -57,6 +57,7 @@ def run_jax(args) -> dict:
 
   from configs import default
   from unreid_jax import methods, sharding, state, train
+  from unreid_jax.config import resolve
 
   def loss(bank, features, batch, key):
     logits = features @ bank.T / TEMPERATURE
@@ -95,7 +96,8 @@ def run_jax(args) -> dict:
   labels = labels.astype(np.int32)
   with jax.set_mesh(sharding.make_mesh(1)) as mesh:
     mesh = jax.sharding.get_mesh()
-    parts, first = state.build(config, args.batch, 1)
+    parts = state.make_parts(resolve(config, 1))
+    first = state.first_state(parts, args.batch, weights="")
     key = jax.device_put(jax.random.key(0), NamedSharding(mesh, sharding.COPY))
     start = time.perf_counter()
     compiled = train.compile_step(parts, first, key)
@@ -208,7 +210,11 @@ def run_torch(args) -> dict:
   memory = resident()
   if device == "cuda":
     memory = torch.cuda.max_memory_allocated()
-  return {"seconds": seconds, "compile": max(first - seconds, 0), "memory": memory}
+  return {
+    "seconds": seconds,
+    "compile": max(first - seconds, 0),
+    "memory": memory,
+  }
 
 
 def resident() -> int:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unreid_jax import evaluate, methods, ranking, sharding
+from unreid_jax import evaluate, memory, methods, ranking, sharding
 from unreid_jax.data import Split
 
 
@@ -17,6 +17,25 @@ def make_split(rng, num):
   images = rng.integers(0, 256, (num, 4, 2, 3), np.uint8)
   pids, camids = rng.integers(0, 9, (2, num)).astype(np.int32)
   return Split(images, pids, camids, tuple(map(str, range(num))))
+
+
+def fused(query, gallery, query_camids, gallery_camids):
+  del query_camids, gallery_camids
+  return memory.squared_distances(gallery, query)  # over the mesh
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_gallery_that_the_devices_do_not_divide(num_devices):
+  rng = np.random.default_rng(0)
+  query, gallery = make_split(rng, 9), make_split(rng, 41)
+  features = [rng.standard_normal((n, 8), np.float32) for n in (9, 41)]
+  with jax.set_mesh(sharding.make_mesh(num_devices)):
+    got = evaluate.score(*features, query, gallery, jax.jit(fused), track)
+  distances = np.square(features[0][:, None] - features[1]).sum(-1)
+  want = ranking.evaluate_rank(
+    distances, query.pids, gallery.pids, query.camids, gallery.camids
+  )
+  assert got["mAP"] == pytest.approx(want.mAP, abs=1e-6)
 
 
 @pytest.mark.parametrize("num", [21, 3])  # more and fewer than a block

@@ -16,9 +16,10 @@ from jax.sharding import NamedSharding
 
 from configs import default
 from unreid_jax import UserError, sharding, train
+from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
 from unreid_jax.methods import Batch
-from unreid_jax.state import build
+from unreid_jax.state import first_state, make_parts
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -66,12 +67,13 @@ class Rig:
     self.split = split
     config = tiny_config(num_devices=num_devices, **changes)
     with jax.set_mesh(sharding.make_mesh(num_devices)):
-      self.parts, state = build(config, len(split.names), steps_per_epoch=4)
+      self.parts = make_parts(resolve(config, steps_per_epoch=4))
+      state = first_state(self.parts, len(split.names), weights="")
       copies = NamedSharding(self.parts.mesh, sharding.COPY)
       self.key = jax.device_put(jax.random.key(0), copies)
       features = tiny_features(len(split.names))
       labels = np.arange(len(split.names), dtype=np.int32)
-      method = self.parts.method.refresh(
+      method = jax.jit(self.parts.method.refresh)(
         state.method, features, labels, split.camids
       )
       self.state = state.replace(method=method)

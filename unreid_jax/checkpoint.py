@@ -19,7 +19,10 @@ class Checkpoints:
   def __init__(self, workdir: str):
     folder = pathlib.Path(workdir).resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=1, create=True, enable_async_checkpointing=False
+      max_to_keep=1,
+      create=True,
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=False,
     )
     self._managers = {
       which: ocp.CheckpointManager(folder / which, options=options)
@@ -38,10 +41,15 @@ class Checkpoints:
     return self._managers[which].latest_step()
 
   def save(self, which: str, step: int, tree) -> None:
-    """Saves, unless a crashed run had come to the same checkpoint before."""
-    manager = self._managers[which]
-    if step not in manager.all_steps():
-      manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+    """Saves it in the place of an earlier one."""
+    args = ocp.args.StandardSave(tree)
+    self._managers[which].save(step, args=args, force=True)
+
+  def forget(self, which: str, after: int) -> None:
+    """Deletes checkpoints of later steps, which a killed run has left."""
+    for step in self._managers[which].all_steps():
+      if step > after:
+        self._managers[which].delete(step)
 
   def restore(self, which: str, like):
     """The checkpoint, with the shapes and shardings of `like`."""
@@ -73,6 +81,7 @@ class Preemption:
   def _notice(self, number, frame):
     del frame
     self._notified = True
+    print("stops after this step or evaluation; a second signal: at once")
     signal.signal(number, self._old[number])  # a second one ends it at once
 
   def requested(self, step: int) -> bool:

@@ -5,49 +5,80 @@ import os
 import pathlib
 import re
 
+import jax
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError
 
 # Keys that may change between two parts of a run: they say where it runs and
-# what it reports, not what it computes.
+# what it reports, not what it learns.
 _FREE = re.compile(
   r"epochs|num_devices|(evaluate|checkpoint|log)_every|evaluate_batch_size"
   r"|dataset\.(root|cache_dir)|encoder\.pretrained"
+  r"|method\.(camera|squared)_at_test"
 )
+_DURATIONS = re.compile(r".*_every|(method|optim)\.warmup|optim\.milestones")
 
 
-def to_steps(value, steps_per_epoch: int):
-  """The number of steps in "3 epochs" or "200 steps"; others are unchanged."""
+def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
+  """The config with every duration as a number of steps.
+
+  Raises:
+    UserError: a duration that is none.
+  """
+  resolved = ConfigDict(config.to_dict())
+  for key, value in _flat(config.to_dict()).items():
+    if _DURATIONS.fullmatch(key):
+      *path, last = key.split(".")
+      section = resolved[path[0]] if path else resolved
+      with section.ignore_type():
+        section[last] = _steps(key, value, steps_per_epoch)
+  return resolved
+
+
+def _steps(key, value, steps_per_epoch):
   if isinstance(value, tuple | list):
-    return tuple(to_steps(v, steps_per_epoch) for v in value)
-  match = re.fullmatch(r"([\d.]+) (step|epoch)s?", str(value))
+    return tuple(_steps(key, v, steps_per_epoch) for v in value)
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)(?: (step|epoch)s?)?", str(value))
   if not match:
-    return value
+    raise UserError(
+      f'{key}="{value}" is no duration: write "10 epochs" or "500 steps"'
+    )
   unit = steps_per_epoch if match[2] == "epoch" else 1
   return round(float(match[1]) * unit)
 
 
-def claim(workdir: str, config: ConfigDict) -> None:
-  """Writes WORKDIR/config.json, or checks it against an earlier run's.
+def check_workdir(workdir: str, config: ConfigDict) -> None:
+  """Refuses a workdir whose checkpoint comes from another config.
 
   Raises:
-    UserError: the workdir holds a run with other settings.
+    UserError: the settings differ in more than where it runs.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-  if path.exists():
-    old, new = (_flat(json.loads(t)) for t in (path.read_text(), text))
-    for key in sorted(old.keys() | new.keys()):
-      if old.get(key) != new.get(key) and not _FREE.fullmatch(key):
-        raise UserError(
-          f"{workdir} holds a run with {key}={old.get(key)!r}, but this one "
-          f"has {new.get(key)!r}: choose another --workdir"
-        )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial")
-  partial.write_text(text + "\n")
-  os.replace(partial, path)
+  folder = pathlib.Path(workdir)
+  path = folder / "config.json"
+  saved = folder.glob("checkpoints/last/*")
+  if not path.exists() or not any(x.name.isdigit() for x in saved):
+    return
+  old, new = _flat(json.loads(path.read_text())), _flat(_as_json(config))
+  for key in sorted(old.keys() & new.keys()):
+    if old[key] != new[key] and not _FREE.fullmatch(key):
+      raise UserError(
+        f"{workdir} holds a run with {key}={old[key]!r}, but this one has "
+        f"{new[key]!r}: choose another --workdir"
+      )
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+  """Writes WORKDIR/config.json."""
+  if jax.process_index() == 0:
+    path = pathlib.Path(workdir) / "config.json"
+    text = json.dumps(_as_json(config), indent=2, sort_keys=True)
+    path.with_suffix(".partial").write_text(text + "\n")
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def _as_json(config):
+  return json.loads(json.dumps(config.to_dict()))
 
 
 def _flat(tree, prefix=""):

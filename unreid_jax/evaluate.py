@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from unreid_jax import ranking, sharding
+from unreid_jax import memory, ranking, sharding
 from unreid_jax.data import Dataset, Split
 from unreid_jax.state import Parts, TrainState
 
@@ -27,7 +27,7 @@ def encode(
   """Runs `step` over all images.
 
   Args:
-    step: jitted, one of `ENCODE_STEPS`.
+    step: jitted, one of `Parts.encode`.
     variables: of the encoder.
     images: uint8 [n, h, w, 3].
     order: a permutation of [n], the order in which they are run.
@@ -152,7 +152,8 @@ def export_features(
 
 
 def _block(tree, start, size):
-  """Rows from `start`, always `size` of them if there are that many."""
+  """Rows from `start`, always as many; the last one is repeated at the end."""
   n = len(jax.tree.leaves(tree)[0])
-  rows = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+  stop = start + min(size, memory.capacity(n))  # divisible by the devices
+  rows = np.minimum(np.arange(start, stop), n - 1)
   return jax.tree.map(lambda x: x[rows], tree)

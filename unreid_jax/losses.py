@@ -36,4 +36,4 @@ def with_gradient(
 ) -> Float[Array, ""]:
   """The same value, with `slope` as its gradient in x."""
   linear = jnp.vdot(x, lax.stop_gradient(slope))
-  return lax.stop_gradient(value) + linear - lax.stop_gradient(linear)
+  return lax.stop_gradient(value) + (linear - lax.stop_gradient(linear))

@@ -17,10 +17,10 @@ COPY = P()  # parameters: everywhere the same
 def make_mesh(num_devices: int = 0) -> Mesh:
   """One axis, "data", over the first `num_devices` devices (0: all)."""
   devices = jax.devices()
-  if num_devices > len(devices):
+  if not 0 <= num_devices <= len(devices):
     raise UserError(
       f"num_devices={num_devices}, but JAX sees {len(devices)} "
-      f"{devices[0].platform} device(s): lower it, or 0 takes them all"
+      f"{devices[0].platform} device(s): change it; 0 takes all"
     )
   devices = devices[: num_devices or None]
   return jax.make_mesh(

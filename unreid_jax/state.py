@@ -20,7 +20,6 @@ from unreid_jax import (
   optim,
   sharding,
 )
-from unreid_jax.config import to_steps
 from unreid_jax.data import augment
 from unreid_jax.methods import Method
 from unreid_jax.models import pretrained
@@ -49,58 +48,72 @@ class Parts(NamedTuple):
   config: ConfigDict
   mesh: Mesh
   encoder: Any
-  method: Method  # `refresh` and `distance` are jitted
+  method: Method  # `distance` is jitted
   optimizer: optax.GradientTransformation
   augment: Callable  # (key, images u8) -> images f32
   encode: dict[str, Callable]  # batch-norm mode -> jitted encode step
-  steps_per_epoch: int
 
 
-def build(
-  config: ConfigDict, num_images: int, steps_per_epoch: int
-) -> tuple[Parts, TrainState]:
-  """The parts of a run on the mesh of `jax.set_mesh`, and its first state."""
+def make_parts(config: ConfigDict) -> Parts:
+  """The parts of a run on the mesh of `jax.set_mesh`.
+
+  Args:
+    config: as `config.resolve` returns it.
+
+  Raises:
+    UserError: a value that is none, such as an unknown name.
+  """
   mesh = jax.sharding.get_mesh()
-  if config.batch_size % mesh.size or memory.ROW_MULTIPLE % mesh.size:
+  for key in ("batch_size", "evaluate_batch_size"):
+    if config[key] < 1 or config[key] % mesh.size:
+      raise UserError(
+        f"{key}={config[key]} is no multiple of {mesh.size} devices: change "
+        "it or num_devices"
+      )
+  if memory.ROW_MULTIPLE % mesh.size:
     raise UserError(
-      f"{mesh.size} devices do not divide batch_size={config.batch_size} and "
-      f"{memory.ROW_MULTIPLE} rows of a bank: change num_devices or batch_size"
+      f"{mesh.size} devices cannot share a bank: set num_devices to a power "
+      f"of two, {memory.ROW_MULTIPLE} at most"
     )
-  options = {
-    section: {
-      key: to_steps(value, steps_per_epoch)
-      for key, value in config[section].items()
-    }
-    for section in ("method", "optim", "encoder")
-  }
-  weights = options["encoder"].pop("pretrained")
-  encoder = models.make(**options["encoder"])
-  optimizer = optim.make(**options["optim"])
-  method = methods.make(**options["method"])
-  state = _first_state(config, num_images, encoder, optimizer, method, weights)
-  state = jax.device_put(state, shardings(mesh, state))
+  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
+  encoder = models.make(**options)
   augment_images = functools.partial(augment.augment, **config.augment)
   copies = NamedSharding(mesh, sharding.COPY)
-  encode = {
-    mode: jax.jit(step(encoder, augment_images), out_shardings=copies)
-    for mode, step in _ENCODE_STEPS.items()
-  }
-  banks = shardings(mesh, state.method)
-  method = method._replace(
-    refresh=jax.jit(method.refresh, out_shardings=banks),
-    distance=jax.jit(method.distance),
-  )
-  parts = Parts(
+  method = methods.make(**config.method)
+  return Parts(
     config=config,
     mesh=mesh,
     encoder=encoder,
-    method=method,
-    optimizer=optimizer,
+    method=method._replace(
+      distance=jax.jit(method.distance, out_shardings=copies)
+    ),
+    optimizer=optim.make(**config.optim),
     augment=augment_images,
-    encode=encode,
-    steps_per_epoch=steps_per_epoch,
+    encode={
+      mode: jax.jit(step(encoder, augment_images), out_shardings=copies)
+      for mode, step in _ENCODE_STEPS.items()
+    },
   )
-  return parts, state
+
+
+def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
+  """The state before the first step, with the encoder's `weights` if any."""
+  config, mesh = parts.config, parts.mesh
+  key, method_key = jax.random.split(jax.random.key(config.seed))
+  shape = (config.dataset.height, config.dataset.width, 3)
+  variables = jax.jit(parts.encoder.init)(key, jnp.zeros((1, *shape)))
+  if weights:
+    variables = pretrained.load(weights, variables)
+  images = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32)
+  features = jax.eval_shape(parts.encoder.apply, variables, images)
+  init = jax.jit(lambda key: parts.method.init(key, features))
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    opt_state=jax.jit(parts.optimizer.init)(variables["params"]),
+    method=init(method_key),
+    **variables,
+  )
+  return jax.device_put(state, shardings(mesh, state))
 
 
 def shardings(mesh: Mesh, tree):
@@ -113,22 +126,6 @@ def shardings(mesh: Mesh, tree):
     return rows if is_split else copies
 
   return jax.tree.map(of, tree)
-
-
-def _first_state(config, num_images, encoder, optimizer, method, weights):
-  key, method_key = jax.random.split(jax.random.key(config.seed))
-  shape = (config.dataset.height, config.dataset.width, 3)
-  variables = jax.jit(encoder.init)(key, jnp.zeros((1, *shape)))
-  if weights:
-    variables = pretrained.load(weights, variables)
-  images = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32)
-  features = jax.eval_shape(encoder.apply, variables, images)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    opt_state=jax.jit(optimizer.init)(variables["params"]),
-    method=jax.jit(lambda key: method.init(key, features))(method_key),
-    **variables,
-  )
 
 
 def _eval_step(encoder, augment_images):

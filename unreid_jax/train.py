@@ -15,10 +15,16 @@ from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, evaluate, sharding
 from unreid_jax.checkpoint import Checkpoints, Preemption
-from unreid_jax.config import claim, to_steps
+from unreid_jax.config import check_workdir, resolve, write_config
 from unreid_jax.data import sampler
 from unreid_jax.methods import Batch
-from unreid_jax.state import Parts, TrainState, build, shardings
+from unreid_jax.state import (
+  Parts,
+  TrainState,
+  first_state,
+  make_parts,
+  shardings,
+)
 from unreid_jax.writer import Writer
 
 
@@ -91,10 +97,10 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
-    claim(workdir, config)
+    check_workdir(workdir, config)
+    make_parts(resolve(config, 1))  # mistakes show before the data are read
     writer = stack.enter_context(Writer(workdir))
     checkpoints = stack.enter_context(Checkpoints(workdir))
-    preemption = stack.enter_context(Preemption())
     dataset = load_dataset(config, writer)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
@@ -102,28 +108,33 @@ def train(config: ConfigDict, workdir: str) -> None:
       sampler.shuffled, len(images), config.batch_size, config.seed
     )
     steps_per_epoch = len(plan(0))
-    end = config.epochs * steps_per_epoch
-    parts, state = build(config, len(images), steps_per_epoch)
-    key, fill_key = jax.device_put(
-      tuple(jax.random.split(jax.random.key(config.seed))),
-      NamedSharding(parts.mesh, sharding.COPY),
-    )
+    parts = make_parts(resolve(config, steps_per_epoch))
+    is_new = checkpoints.step("last") is None
+    weights = config.encoder.pretrained if is_new else ""
+    state = first_state(parts, len(images), weights)
+    write_config(workdir, config)
     labels = np.full(len(images), -1, np.int32)
-    if checkpoints.step("last") is not None:
+    if not is_new:
       saved = checkpoints.restore("last", {"state": state, "labels": labels})
       state, labels = saved["state"], np.asarray(saved["labels"])
-    step = int(state.step)
+    step, end = int(state.step), config.epochs * steps_per_epoch
+    checkpoints.forget("best", after=step)
     writer.resume(step)
     if step:
       writer.log(f"goes on after step {step} of {end}")
     elif dataset.query is not None:
       writer.write(0, "evaluate", evaluate_state(parts, state, dataset, writer))
 
+    key, fill_key = jax.device_put(
+      tuple(jax.random.split(jax.random.key(config.seed))),
+      NamedSharding(parts.mesh, sharding.COPY),
+    )
     train_step = compile_step(parts, state, key) if step < end else None
     due = {
-      what: to_steps(config[f"{what}_every"], steps_per_epoch) or end
+      what: parts.config[f"{what}_every"] or end
       for what in ("evaluate", "checkpoint", "log")
     }
+    preemption = stack.enter_context(Preemption())
     stop = False
     while step < end and not stop:
       epoch, done = divmod(step, steps_per_epoch)
@@ -150,9 +161,10 @@ def train(config: ConfigDict, workdir: str) -> None:
       saved = {"state": state, "labels": labels}
       if step == end or step % due["evaluate"] == 0:
         scores = evaluate_state(parts, state, dataset, writer)
-        if is_best(scores, writer.history("evaluate")):
-          checkpoints.save("best", step, saved)
-        writer.write(step, "evaluate", scores)
+        if scores:
+          if is_best(scores, writer.history("evaluate")):
+            checkpoints.save("best", step, saved)
+          writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, saved)
     if stop and step < end:
@@ -161,28 +173,28 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 
 def score(config: ConfigDict, workdir: str) -> None:
-  """Scores WORKDIR's last and best checkpoint; trains and changes nothing."""
+  """Scores WORKDIR's last and best checkpoint and trains nothing."""
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
     if not pathlib.Path(workdir).is_dir():
       raise UserError(f"{workdir} is no folder: give a trained run's --workdir")
-    claim(workdir, config)
+    check_workdir(workdir, config)
     writer = stack.enter_context(Writer(workdir))
     checkpoints = stack.enter_context(Checkpoints(workdir))
     if checkpoints.step("last") is None:
       raise UserError(f"{workdir} holds no checkpoint yet: train there first")
     dataset = load_dataset(config, writer)
     labels = np.zeros(len(dataset.train.images), np.int32)
-    parts, state = build(config, len(labels), steps_per_epoch=1)
-    like = {"state": state, "labels": labels}
-    rows = []
+    parts = make_parts(resolve(config, 1))
+    state = first_state(parts, len(labels), weights="")
+    rows = {}
     for which in ("last", "best"):
-      if checkpoints.step(which) is None:
-        continue
-      state = checkpoints.restore(which, like)["state"]
-      scores = evaluate_state(parts, state, dataset, writer)
-      rows.append({"step": int(state.step)} | scores)
-    writer.table(rows)
+      step = checkpoints.step(which)
+      if step is not None and step not in rows:
+        saved = checkpoints.restore(which, {"state": state, "labels": labels})
+        scores = evaluate_state(parts, saved["state"], dataset, writer)
+        rows[step] = {"step": step} | scores
+    writer.table(list(rows.values()))
 
 
 def load_dataset(config: ConfigDict, writer: Writer) -> data.Dataset:
@@ -220,7 +232,10 @@ def relabel(
   )
   labels = parts.method.label(state.method, features, train_set.camids)
   labels = np.asarray(labels, np.int32)
-  banks = parts.method.refresh(state.method, features, labels, train_set.camids)
+  refresh = jax.jit(
+    parts.method.refresh, out_shardings=shardings(parts.mesh, state.method)
+  )
+  banks = refresh(state.method, features, labels, train_set.camids)
   stats = variables["batch_stats"]
   return state.replace(batch_stats=stats, method=banks), labels
 
@@ -253,5 +268,5 @@ def check_finite(metrics: dict[str, Array] | None, step: int) -> None:
     if metrics and not np.isfinite(metrics[name]):
       raise UserError(
         f"{name} is {metrics[name]} at step {step}: the run stops, its last "
-        "good checkpoint stays; lower optim.lr or look at the images"
+        "good checkpoint stays; lower optim.lr, in a new --workdir"
       )

@@ -9,7 +9,15 @@ import numpy as np
 from PIL import Image
 
 from unreid_jax import UserError
-from unreid_jax.data.images import Dataset, File, Split, load_split, resize
+from unreid_jax.data.images import (
+  IMAGE_SUFFIXES,
+  Dataset,
+  File,
+  Split,
+  is_image,
+  load_split,
+  resize,
+)
 
 __all__ = ["Dataset", "Split", "load"]
 
@@ -20,7 +28,6 @@ _BUILDERS = {
   "dukemtmc": "DukeMTMCReID",
   "personx": "PersonX",
 }
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def load(
@@ -115,17 +122,13 @@ def _list(root: str) -> list[File]:
     raise UserError(
       f'dataset.root="{root}" is no folder: set it to a directory of crops'
     )
-  paths = [p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES]
+  paths = [p for p in folder.rglob("*") if is_image(p.name) and p.is_file()]
   if not paths:
-    raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
+    raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)})")
   names = sorted(path.relative_to(folder).as_posix() for path in paths)
-  cameras = sorted({name.rpartition("/")[0].split("/")[0] for name in names})
+  folders = ["/".join(name.split("/")[:-1][:1]) for name in names]
+  cameras = {name: i for i, name in enumerate(sorted(set(folders)), 1)}
   return [
-    File(
-      name,
-      -1,
-      1 + cameras.index(name.rpartition("/")[0].split("/")[0]),
-      folder / name,
-    )
-    for name in names
+    File(name, -1, cameras[camera], folder / name)
+    for name, camera in zip(names, folders, strict=True)
   ]

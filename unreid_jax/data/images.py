@@ -22,8 +22,8 @@ from unreid_jax import UserError
 
 _AT_ONCE = 256  # images decoded between two looks at what went wrong
 _UNFINISHED = ".unfinished"
-_UNFINISHED = ".unfinished"
 _DAY = 24 * 3600
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class Split(NamedTuple):
@@ -44,6 +44,11 @@ class Dataset(NamedTuple):
   train: Split
   query: Split | None
   gallery: Split | None
+
+
+def is_image(name: str) -> bool:
+  """Whether a file name is an image's, and not Thumbs.db or the like."""
+  return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 class File(NamedTuple):

@@ -96,7 +96,9 @@ def _replace(path: tuple[str, ...], old, state: dict[str, np.ndarray]):
   if not keys or keys[0] not in state:
     if path[1] == "head":
       return old
-    raise UserError(f"it has no weight {name}: choose the model.arch it is for")
+    raise UserError(
+      f"it has no weight {name}: choose the encoder.arch it is for"
+    )
   arrays = [_to_channels_last(np.asarray(state[key])) for key in keys]
   if "{}" not in name:
     new = arrays[0]
@@ -105,7 +107,7 @@ def _replace(path: tuple[str, ...], old, state: dict[str, np.ndarray]):
   if new.shape != old.shape:
     raise UserError(
       f"its {name} makes an array of {new.shape}, the encoder's is "
-      f"{old.shape}: set the model's arch, width and dimensions to the file's"
+      f"{old.shape}: set encoder.arch, width and dimensions to the file's"
     )
   return jnp.asarray(new, old.dtype)
 

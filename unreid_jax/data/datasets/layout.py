@@ -12,11 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from unreid_jax import UserError
-from unreid_jax.data.images import File, fingerprint
+from unreid_jax.data.images import File, fingerprint, is_image
 
 Folder = pathlib.Path | zipfile.Path
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp")
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     if version not in self.SIZES:
       raise UserError(
         f'{self.name} has no version "{version}": set dataset.version to '
-        f'"{"" if "" in self.SIZES else " or ".join(self.SIZES)}"'
+        f'"{" or ".join(filter(None, self.SIZES))}"'
       )
     self._track = track
     self.files = self.find(root, version)
@@ -147,11 +146,6 @@ def _images(folder: Folder) -> list[File]:
     raise UserError(f"{folder} is missing or holds no image: unpack it again")
   kept = [file for file in files if file.pid != -1]
   return sorted(kept, key=lambda file: file.name)
-
-
-def is_image(name: str) -> bool:
-  """Whether a file name is an image's, and not Thumbs.db or the like."""
-  return name.lower().endswith(_IMAGES) and not name.startswith(".")
 
 
 def parse(path: Folder) -> File:
