@@ -197,9 +197,9 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   def start(workdir):
     options = {"epochs": 2, "checkpoint_every": "4 steps"} | TINY
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
-    overrides.append("--config=configs/selective.py")
     env = os.environ | {"XLA_FLAGS": ""}
-    command = [sys.executable, "run.py", f"--workdir={workdir}", *overrides]
+    command = [sys.executable, "run.py", "--config=configs/selective.py"]
+    command += [f"--workdir={workdir}", *overrides]
     return subprocess.Popen(command, cwd=ROOT, env=env)
 
   def stop(condition, number):
