@@ -28,6 +28,11 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "evaluate_every": "10 epochs",
       "checkpoint_every": "1 epoch",
       "log_every": "10 steps",  # a line in metrics.jsonl
+      "steps_per_epoch": 0,  # 0: train images / batch_size
+      "sampler": {
+        "num_instances": 0,  # of a cluster in a batch; 0: shuffled images
+        "other_camera": True,  # than the first instance's, where there are any
+      },
       "dataset": {
         "name": dataset,
         "root": "",  # folder or zip; not for synthetic
@@ -72,3 +77,37 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "method": {"name": method} | methods.defaults(method) | hyperparameters,
     }
   )
+
+
+def small(config: ConfigDict) -> ConfigDict:
+  """An encoder, images and lengths for two CPU cores and a few minutes."""
+  config.batch_size = 32
+  config.evaluate_every = "20 epochs"
+  config.checkpoint_every = "5 epochs"
+  config.update(
+    {
+      "dataset": {"height": 64, "width": 32},
+      "augment": {"pad": 4},
+      "encoder": {"arch": "resnet18", "width": 0.25},
+    }
+  )
+  return config
+
+
+def published_clusters(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
+  """What the authors' commands of the cluster methods have in common."""
+  config.batch_size = 256
+  config.sampler.num_instances = 16
+  config.steps_per_epoch = steps_per_epoch
+  config.encoder.bn_group_size = 64  # a batch on each of four GPUs
+  return config
+
+
+def small_clusters(config: ConfigDict) -> ConfigDict:
+  """`small` for the cluster methods."""
+  config = small(config)
+  config.epochs = 60
+  config.sampler.num_instances = 4
+  config.optim.lr = 1e-3
+  config.optim.milestones = ("45 epochs",)
+  return config

@@ -44,17 +44,11 @@ def _small(config):
   From random weights the camera is all that a feature shows, so that an
   image's neighbours must be sought under other cameras: hence the penalty.
   """
-  config.batch_size = 32
+  config = default.small(config)
   config.epochs = 60
-  config.evaluate_every = "20 epochs"
-  config.checkpoint_every = "5 epochs"
   config.update(
     {
-      "dataset": {"height": 64, "width": 32},
-      "augment": {"pad": 4},
       "encoder": {
-        "arch": "resnet18",
-        "width": 0.25,
         "num_stripes": 4,  # of one row each: the feature map is 4 x 2
         "stripe_dim": 64,
         "embedding_dim": 256,

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def multi_positive_cross_entropy(
@@ -29,6 +29,37 @@ def multi_positive_cross_entropy(
   positives = logits[:, : len(weights)]
   terms = jnp.where(weights > 0, log_partition[:, None] - positives, 0.0)
   return terms @ weights
+
+
+def cross_entropy(
+  logits: Float[Array, "b k"],
+  targets: Int[Array, " b"],
+  num_classes: Int[Array, ""],
+  label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+  """Softmax cross-entropy over the first `num_classes` columns, batch mean.
+
+  Args:
+    logits: similarities divided by the temperature; may be split by column.
+    targets: column of each row's class.
+    num_classes: columns that exist.
+    label_smoothing: share of the target that is spread evenly: over the
+      num_classes // 50 most probable classes if these are two or more, else
+      over all of them (CrossEntropyLabelSmooth with topk_smoothing in
+      bupt-ai-cz/HHCL-ReID, where the share is .1).
+  """
+  columns = jnp.arange(logits.shape[1])
+  exists = columns < num_classes
+  chosen = jnp.where(columns == targets[:, None], logits, 0).sum(axis=1)
+  if label_smoothing:
+    num_top = num_classes // 50
+    known = lax.stop_gradient(jnp.where(exists, logits, -jnp.inf))
+    best = lax.top_k(known, max(logits.shape[1] // 50, 1))[0]
+    least = jnp.take(best, jnp.maximum(num_top, 1) - 1, axis=1)
+    gets = jnp.where(num_top > 1, known >= least[:, None], exists)
+    spread = logits.mean(axis=1, where=gets)
+    chosen = (1 - label_smoothing) * chosen + label_smoothing * spread
+  return jnp.mean(logsumexp(logits, axis=1, where=exists) - chosen)
 
 
 def with_gradient(

@@ -140,6 +140,62 @@ def write(
   )
 
 
+def write_hardest(
+  bank: Float[Array, "k d"],
+  rows: Int[Array, " b"],
+  features: Float[Array, "b d"],
+  momentum: float,
+) -> Float[Array, "k d"]:
+  """Writes to each row once: the feature that is least similar to it.
+
+  Arguments as in `write`. Source: CM_Hard in alibaba/cluster-contrast-reid.
+  """
+  own = jnp.maximum(rows, 0)[:, None]
+  own = select(similarities(bank, lax.stop_gradient(features)), own)[:, 0]
+  position = jnp.arange(len(rows))
+  earlier = (own[:, None] == own) & (position[:, None] > position)
+  beaten = (rows[:, None] == rows) & ((own[:, None] > own) | earlier)
+  return write(
+    bank, jnp.where(beaten.any(axis=1), -1, rows), features, momentum
+  )
+
+
+def write_mean(
+  bank: Float[Array, "k d"],
+  rows: Int[Array, " b"],
+  features: Float[Array, "b d"],
+  momentum: float,
+) -> Float[Array, "k d"]:
+  """Writes to each row once: the mean of its features, as it is.
+
+  Arguments as in `write`. Source: CM_Hybrid in bupt-ai-cz/HHCL-ReID.
+  """
+  same = rows[:, None] == rows
+  sums = jnp.matmul(same, features, precision=lax.Precision.HIGHEST)
+  is_first = ~jnp.tril(same, -1).any(axis=1)
+  mean = sums / same.sum(axis=1, keepdims=True)
+  return write(bank, jnp.where(is_first, rows, -1), mean, momentum)
+
+
+def centroids(
+  features: Float[Array, "n d"], labels: Int[Array, " n"], num_rows: int
+) -> Float[Array, "k d"]:
+  """A bank of the normalised mean of each label's features.
+
+  Args:
+    features: unit features.
+    labels: row of each feature; a negative one counts nowhere.
+    num_rows: that the bank holds at least; rows without a feature are zero.
+  """
+  k = capacity(num_rows)
+  rows = jnp.where(labels < 0, k, labels)
+  return create(
+    normalize(
+      jnp.zeros((k, features.shape[1])).at[rows].add(features, mode="drop")
+    )
+  )
+
+
 def _own_rows(rows, num_local):
   """Which rows lie on this device, and their position there."""
   local = rows - lax.axis_index(sharding.AXIS) * num_local

@@ -70,6 +70,12 @@ def make_parts(config: ConfigDict) -> Parts:
         f"{key}={config[key]} is no multiple of {mesh.size} devices: change "
         "it or num_devices"
       )
+  num_instances = config.sampler.num_instances
+  if num_instances and config.batch_size % num_instances:
+    raise UserError(
+      f"batch_size={config.batch_size} is no multiple of "
+      f"sampler.num_instances={num_instances}: change either"
+    )
   if memory.ROW_MULTIPLE % mesh.size:
     raise UserError(
       f"{mesh.size} devices cannot share a bank: set num_devices to a power "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, evaluate, sharding
@@ -18,6 +18,7 @@ from unreid_jax.checkpoint import Checkpoints, Preemption
 from unreid_jax.config import check_workdir, resolve, write_config
 from unreid_jax.data import sampler
 from unreid_jax.methods import Batch
+from unreid_jax.relabel import make_refresh, relabel
 from unreid_jax.state import (
   Parts,
   TrainState,
@@ -104,10 +105,16 @@ def train(config: ConfigDict, workdir: str) -> None:
     dataset = load_dataset(config, writer)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
-    plan = functools.partial(
-      sampler.shuffled, len(images), config.batch_size, config.seed
+    steps_per_epoch = (
+      config.steps_per_epoch or len(images) // config.batch_size or 1
     )
-    steps_per_epoch = len(plan(0))
+    plan = functools.partial(
+      sampler.plan,
+      batch_size=config.batch_size,
+      steps=steps_per_epoch,
+      seed=config.seed,
+      **config.sampler,
+    )
     parts = make_parts(resolve(config, steps_per_epoch))
     is_new = checkpoints.step("last") is None
     weights = config.encoder.pretrained if is_new else ""
@@ -130,6 +137,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       NamedSharding(parts.mesh, sharding.COPY),
     )
     train_step = compile_step(parts, state, key) if step < end else None
+    refresh = make_refresh(parts, state)
     due = {
       what: parts.config[f"{what}_every"] or end
       for what in ("evaluate", "checkpoint", "log")
@@ -139,12 +147,11 @@ def train(config: ConfigDict, workdir: str) -> None:
     while step < end and not stop:
       epoch, done = divmod(step, steps_per_epoch)
       if done == 0 and (mode := parts.method.encode(epoch)):
-        state, labels = relabel(
-          parts, state, dataset.train, mode, fill_key, writer
-        )
+        at_hand = (refresh, labels, dataset.train, mode, fill_key, writer)
+        state, labels = relabel(parts, state, *at_hand)
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
       pause = min(end, *(step - step % every + every for every in pauses))
-      rows_of_steps = plan(epoch)[done : done + pause - step]
+      rows_of_steps = plan(labels, camids, epoch)[done : done + pause - step]
       title, latest = f"epoch {epoch + 1}/{config.epochs}", None
       for rows in writer.track(rows_of_steps, title, scale=config.batch_size):
         arrays = (images, indices, labels, camids)
@@ -200,44 +207,6 @@ def score(config: ConfigDict, workdir: str) -> None:
 def load_dataset(config: ConfigDict, writer: Writer) -> data.Dataset:
   """The images of `config.dataset`, decoded or from the cache."""
   return data.load(**config.dataset, track=writer.track)
-
-
-def relabel(
-  parts: Parts,
-  state: TrainState,
-  train_set: data.Split,
-  mode: str,
-  key: Array,
-  writer: Writer,
-) -> tuple[TrainState, Int[np.ndarray, " n"]]:
-  """Encodes the train set, labels it and refreshes the method's banks.
-
-  In the mode "train" the images come shuffled and augmented, in training
-  batches, and the running statistics of batch norm move on.
-  """
-  config, order = parts.config, np.arange(len(train_set.images))
-  batch_size = config.evaluate_batch_size
-  if mode == "train":
-    batch_size = config.batch_size
-    np.random.default_rng(config.seed).shuffle(order)
-  variables, features = evaluate.encode(
-    parts.encode[mode],
-    state.variables,
-    train_set.images,
-    order,
-    batch_size,
-    key,
-    "encode train",
-    writer.track,
-  )
-  labels = parts.method.label(state.method, features, train_set.camids)
-  labels = np.asarray(labels, np.int32)
-  refresh = jax.jit(
-    parts.method.refresh, out_shardings=shardings(parts.mesh, state.method)
-  )
-  banks = refresh(state.method, features, labels, train_set.camids)
-  stats = variables["batch_stats"]
-  return state.replace(batch_stats=stats, method=banks), labels
 
 
 def evaluate_state(

@@ -34,11 +34,12 @@ class Method(NamedTuple):
 
   `features` is what the encoder returns: an array [b, d], or a dict of them.
   `state` is the method's own pytree of arrays: banks, counters, networks.
+  `pids` are the true identities: for the supervised bound, and nobody else.
   """
 
   init: Callable  # (key, features of all images as ShapeDtypeStructs) -> state
   encode: Callable  # (epoch) -> "train", "eval": batch-norm mode; None: skip
-  label: Callable  # (state, features, camids) -> labels[n], host; -1 = outlier
+  label: Callable  # (state, features, camids, pids) -> Labelling, host
   refresh: Callable  # (state, features, labels, camids) -> state, jitted
   loss: Callable  # (state, features, batch, key) -> loss, metrics
   update: Callable  # (state, features, batch, key) -> state, after the gradient

@@ -1,0 +1,132 @@
+"""Cluster Contrast: one centroid a cluster, from an epoch's pseudo labels.
+
+Dai, Wang, Yuan, et al., "Cluster Contrast for Unsupervised Person
+Re-Identification" (ACCV 2022, arXiv 2103.11568), after the authors' code
+(alibaba/cluster-contrast-reid). The images are clustered each epoch, outliers
+are left out, and the bank starts from the clusters' means. A feature is
+contrasted with all centroids and then moves its own.
+"""
+
+import dataclasses
+import functools
+from typing import no_type_check
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from unreid_jax import UserError, losses, memory
+from unreid_jax.methods import Batch, Method, euclidean_distance
+from unreid_jax.pseudo_labels.clustering import (
+  Clustering,
+  Labelling,
+  cluster,
+  keep_largest,
+)
+
+_WRITES = {"momentum": memory.write, "hardest": memory.write_hardest}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters(Clustering):
+  """The authors' values.
+
+  Attributes:
+    temperature: of the logits.
+    momentum: weighs the old centroid: .1 nearly replaces it.
+    update: "momentum", by each feature in the order of the batch (the
+      authors' CM), or "hardest", by the one of the batch that is least
+      similar to its centroid (CM_Hard, their `--use-hard`).
+    label_smoothing: see `losses.cross_entropy`; not in the authors' code.
+  """
+
+  temperature: float = 0.05
+  momentum: float = 0.1
+  update: str = "momentum"
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.update not in _WRITES:
+      raise UserError(
+        f'method.update is "{self.update}": set it to "momentum" or "hardest"'
+      )
+
+
+@struct.dataclass
+@no_type_check  # its leaves may also be shardings
+class State:
+  """The clusters' centroids, of which the first `num_clusters` exist."""
+
+  centroids: Float[Array, "k d"]
+  num_clusters: Int[Array, ""]
+
+
+def make(**hyperparameters) -> Method:
+  """Cluster Contrast with these `Hyperparameters`."""
+  hp = Hyperparameters(**hyperparameters)
+  bind = functools.partial
+  return Method(
+    init=init,
+    encode=lambda epoch: "eval",
+    label=bind(label, hp),
+    refresh=refresh,
+    loss=bind(loss, hp),
+    update=bind(update, hp),
+    distance=euclidean_distance,
+  )
+
+
+def max_clusters(num_images: int) -> int:
+  """How many clusters a bank must hold: of two images each, and two at least.
+
+  DBSCAN with min_samples = 4 makes about a quarter of that at most.
+  """
+  return max(num_images // 2, 2)
+
+
+def init(key, features) -> State:
+  """An empty bank for these features, [n, d]."""
+  del key
+  n, d = features.shape
+  empty = memory.create(jnp.zeros((max_clusters(n), d)))
+  return State(centroids=empty, num_clusters=jnp.zeros((), jnp.int32))
+
+
+def label(hp: Clustering, state, features, camids, pids) -> Labelling:
+  """Clusters the features."""
+  del state, pids
+  labelling = cluster(hp, features, camids)
+  most = max_clusters(len(features))
+  return labelling._replace(labels=keep_largest(labelling.labels, most))
+
+
+def refresh(state: State, features, labels, camids) -> State:
+  """The mean feature of each cluster, normalised."""
+  del camids
+  num = len(state.centroids)
+  return state.replace(
+    centroids=memory.centroids(features, labels, num),
+    num_clusters=jnp.max(labels) + 1,
+  )
+
+
+def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
+  """Cross-entropy of a feature's cluster against all clusters."""
+  del key
+  features = memory.normalize(features)  # as in the reference
+  logits = memory.similarities(state.centroids, features) / hp.temperature
+  value = losses.cross_entropy(
+    logits, batch.labels, state.num_clusters, hp.label_smoothing
+  )
+  return value, {}
+
+
+def update(hp: Hyperparameters, state: State, features, batch: Batch, key):
+  """Moves the centroids of the batch's clusters."""
+  del key
+  write = _WRITES[hp.update]
+  features = memory.normalize(features)
+  return state.replace(
+    centroids=write(state.centroids, batch.labels, features, hp.momentum)
+  )

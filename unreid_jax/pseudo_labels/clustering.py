@@ -1,0 +1,187 @@
+"""From features to the pseudo labels of an epoch, and how good they are."""
+
+import dataclasses
+import time
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from unreid_jax import UserError
+from unreid_jax.pseudo_labels.dbscan import dbscan
+from unreid_jax.pseudo_labels.infomap import infomap
+from unreid_jax.pseudo_labels.jaccard import jaccard_from_neighbors
+from unreid_jax.pseudo_labels.neighbors import neighbors
+
+_EPS_STEP = 0.05
+_EMPTY = types.MappingProxyType({})
+
+
+class Labelling(NamedTuple):
+  """Pseudo labels, and what is to be reported of them.
+
+  Attributes:
+    labels: of all train images; -1 = outlier.
+    scalars: figures of the epoch.
+    seconds: of each part.
+    notes: what a user should know, a line each.
+  """
+
+  labels: Int[np.ndarray, " n"]
+  scalars: Mapping[str, float] = _EMPTY
+  seconds: Mapping[str, float] = _EMPTY
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering:
+  """How a method clusters the images; the part that all of them share.
+
+  Attributes:
+    clustering: "dbscan" on the k-reciprocal Jaccard distance, or "infomap" on
+      the graph of similar neighbours.
+    k1: neighbours of an image, itself included.
+    k2: neighbours whose encodings are averaged (Jaccard); 1: none.
+    eps: largest distance of neighbours for DBSCAN, smallest cosine similarity
+      of neighbours for InfoMap.
+    min_samples: neighbours that make a core point of DBSCAN, itself included;
+      the smallest cluster that InfoMap keeps.
+    center_cameras: subtracts each camera's mean feature before clustering.
+      Ours, not the papers': from random weights most of what a feature shows is
+      its camera.
+  """
+
+  clustering: str = "dbscan"
+  k1: int = 30
+  k2: int = 6
+  eps: float = 0.6
+  min_samples: int = 4
+  center_cameras: bool = False
+
+  def __post_init__(self):
+    if self.clustering not in ("dbscan", "infomap"):
+      raise UserError(
+        f'method.clustering is "{self.clustering}": set it to "dbscan" or '
+        '"infomap"'
+      )
+    for name, least in (("k1", 2), ("k2", 1), ("min_samples", 1)):
+      if getattr(self, name) < least:
+        raise UserError(
+          f"method.{name} is {getattr(self, name)}: set it to {least} or more"
+        )
+    if not 0 < self.eps < 1:
+      raise UserError(f"method.eps is {self.eps}: set it between 0 and 1")
+
+
+def cluster(
+  hp: Clustering,
+  features: Float[np.ndarray, "n d"],
+  camids: Int[np.ndarray, " n"],
+) -> Labelling:
+  """Clusters the images of an epoch.
+
+  With less than two clusters there is nothing to contrast. Then eps is moved
+  in steps of .05, up and down in turn, until there are two or more; if no eps
+  between 0 and 1 does it, the labels hold fewer than two clusters.
+
+  Args:
+    hp: how.
+    features: unit features of the train images.
+    camids: their cameras.
+  """
+  seconds = {}
+  if hp.center_cameras:
+    features = center_by_camera(features, camids)
+  if hp.clustering == "dbscan":
+    found = _timed(seconds, "neighbors", neighbors, features, hp.k1)
+
+  def attempt(eps):
+    if hp.clustering == "infomap":
+      arguments = features, hp.k1, eps, hp.min_samples
+      return _timed(seconds, "infomap", infomap, *arguments)
+    arguments = features, *found, hp.k2, eps
+    jaccard = _timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
+    return _timed(seconds, "dbscan", dbscan, jaccard, eps, hp.min_samples)
+
+  moves = np.outer(np.arange(0, 1, _EPS_STEP), (1, -1)).ravel()[1:]
+  tried = [x for x in np.round(hp.eps + moves, 4).tolist() if 0 < x < 1]
+  first = None
+  for eps in tried:
+    labels = attempt(eps)
+    first = labels if first is None else first
+    if labels.max(initial=-1) > 0:
+      break
+  scalars, notes = {"eps": eps}, ()
+  if eps != hp.eps:
+    found_two = labels.max(initial=-1) > 0
+    end = f"this epoch has eps {eps}" if found_two else "no eps makes two"
+    count = first.max(initial=-1) + 1
+    notes = (f"eps {hp.eps} makes {count} cluster(s); {end}",)
+  return Labelling(labels, scalars, seconds, notes)
+
+
+def center_by_camera(
+  features: Float[np.ndarray, "n d"], camids: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n d"]:
+  """Unit features after each camera's mean has been subtracted."""
+  centered = np.array(features)
+  for camera in np.unique(camids):
+    centered[camids == camera] -= features[camids == camera].mean(axis=0)
+  norms = np.linalg.norm(centered, axis=1, keepdims=True)
+  return centered / np.maximum(norms, 1e-12)
+
+
+def keep_largest(labels: Int[np.ndarray, " n"], most: int):
+  """Labels with at most so many clusters; the images of the rest are -1."""
+  sizes = np.bincount(labels[labels >= 0])
+  if len(sizes) <= most:
+    return labels
+  kept = np.sort(np.argsort(-sizes, kind="stable")[:most])
+  renumber = np.full(len(sizes) + 1, -1, labels.dtype)
+  renumber[kept] = np.arange(most)
+  return renumber[labels]
+
+
+def describe(
+  labels: Int[np.ndarray, " n"], pids: Int[np.ndarray, " n"] | None = None
+) -> dict[str, float]:
+  """How many clusters of which sizes, and how true they are.
+
+  Args:
+    labels: pseudo labels; -1 = outlier.
+    pids: the true identities, if they are known.
+
+  Returns:
+    clusters, outliers, quantiles of the cluster sizes; with pids NMI, ARI, and
+    precision and recall of the pairs of images that share a label. Each
+    outlier counts as a cluster of its own here.
+  """
+  sizes = np.bincount(labels[labels >= 0])
+  sizes = sizes[sizes > 0]
+  out = {"clusters": len(sizes), "outliers": int(np.sum(labels < 0))}
+  if len(sizes):
+    names = ("min", "q25", "median", "q75", "max")
+    quantiles = np.quantile(sizes, (0, 0.25, 0.5, 0.75, 1))
+    out |= {f"size_{n}": q for n, q in zip(names, quantiles, strict=True)}
+  if pids is None:
+    return out
+  alone = np.where(labels < 0, len(labels) + np.arange(len(labels)), labels)
+  both = np.unique(np.stack([alone, pids]), axis=1, return_counts=True)[1]
+  pairs = lambda counts: np.sum(counts * (counts - 1.0)) / 2
+  true, together = pairs(np.unique(pids, return_counts=True)[1]), pairs(sizes)
+  return out | {
+    "NMI": normalized_mutual_info_score(pids, alone),
+    "ARI": adjusted_rand_score(pids, alone),
+    "precision": pairs(both) / together if together else 0.0,
+    "recall": pairs(both) / true if true else 0.0,
+  }
+
+
+def _timed(seconds, name, function, *arguments):
+  start = time.perf_counter()
+  result = function(*arguments)
+  seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+  return result

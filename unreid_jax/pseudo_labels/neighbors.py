@@ -1,0 +1,84 @@
+"""The nearest neighbours of every image among all, by brute force on device."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from unreid_jax import UserError, memory, sharding
+
+_BLOCK_ELEMENTS = 2**24  # of a block of distances, over all devices: 64 MB
+
+
+def neighbors(
+  features: Float[np.ndarray, "n d"], k: int
+) -> tuple[Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]]:
+  """The k nearest rows of each row, itself included.
+
+  Exact, and never an [n, n] matrix: a block of rows at a time against all rows,
+  which are spread over the devices of `jax.set_mesh`, or over all devices.
+
+  Args:
+    features: of any length.
+    k: neighbours of a row, itself included; all rows if there are fewer.
+
+  Returns:
+    Squared Euclidean distances f32[n, m] and rows i32[n, m] with m = min(k, n),
+    nearest first. The row itself comes first, at distance 0; of other equal
+    distances the lower row comes first, on any number of devices.
+
+  Raises:
+    UserError: k is below 1, or a feature is NaN.
+  """
+  return search(features, k)[:2]
+
+
+def search(
+  features: Float[np.ndarray, "n d"], k: int
+) -> tuple[
+  Float[np.ndarray, "n m"], Int[np.ndarray, "n m"], Float[np.ndarray, " n"]
+]:
+  """`neighbors`, and the largest squared distance from each row."""
+  if k < 1:
+    raise UserError(f"k is {k}: ask for 1 neighbour or more")
+  features = np.ascontiguousarray(features, np.float32)
+  n = len(features)
+  with _mesh() as mesh:
+    share = mesh.size * memory.ROW_MULTIPLE
+    capacity = -(-n // share) * share
+    rows = np.arange(capacity)
+    bank = sharding.put_rows(mesh, features, np.minimum(rows, n - 1))
+    # A power of two, so that few shapes are compiled.
+    size = 2 ** min(_BLOCK_ELEMENTS // capacity, 1024).bit_length() // 2 or 1
+    parts = []
+    for start in range(0, n, size):
+      block = np.minimum(np.arange(start, start + size), n - 1)
+      found = _search_block(bank, features[block], block, n, min(k, n))
+      parts.append(jax.device_get(found))
+  found = [np.concatenate(x)[:n] for x in zip(*parts, strict=True)]
+  if np.isnan(found[2]).any():
+    raise UserError("the features contain NaN: check the images and the model")
+  return tuple(found)
+
+
+@contextlib.contextmanager
+def _mesh():
+  mesh = jax.sharding.get_mesh()
+  mesh = sharding.make_mesh() if mesh.empty else mesh
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@functools.partial(jax.jit, static_argnames=("n", "k"))
+def _search_block(bank, features, rows, n, k):
+  distances = jnp.maximum(memory.squared_distances(bank, features), 0)
+  column = jnp.arange(len(bank))
+  farthest = jnp.max(jnp.where(column < n, distances, 0), axis=1)
+  distances = jnp.where(column < n, distances, jnp.inf)
+  # A row comes before its duplicates.
+  distances = jnp.where(column == rows[:, None], -1, distances)
+  distances, found = memory.nearest(distances, k)
+  return jnp.maximum(distances, 0), found, farthest
