@@ -41,7 +41,7 @@ def test_cluster_contrast_golden(golden, name, update, ragged):
   method = methods.make("cluster_contrast", update=update, momentum=momentum)
   num = len(z["bank_before"])
   bank = memory.create(jnp.asarray(z["bank_before"]))
-  state = cluster_contrast.State(bank, jnp.array(num))
+  state = cluster_contrast.State(bank, jnp.array(num), jnp.array(0))
   check(method, state, z, lambda state: [state.centroids[:num]])
 
 

@@ -1,8 +1,8 @@
 """Mean average precision and CMC under the Market-1501 protocol.
 
-Numpy in, numpy out, no device. Nothing is sorted but the few matches of each
-query: the rank of a match is the count of gallery images that are not farther
-away. A large gallery is scored in chunks of queries:
+Numpy in, numpy out; only `rerank` uses a device. Nothing is sorted but the few
+matches of each query: the rank of a match is the count of gallery images that
+are not farther away. A large gallery is scored in chunks of queries:
 
   summarize(rank_queries(distances(rows), ...) for rows in chunks)
 """
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unreid_jax import UserError
+from unreid_jax.reranking import rerank as rerank
 
 
 class RankMetrics(NamedTuple):

@@ -22,6 +22,8 @@ def plan(
 ) -> Int[np.ndarray, "{steps} {batch_size}"]:
   """The images of each step of an epoch: `by_cluster`, or else `shuffled`.
 
+  Where no two images share a label, these are shuffled in any case.
+
   Args:
     labels: of all train images.
     camids: likewise.
@@ -36,7 +38,8 @@ def plan(
     UserError: no image has a label.
   """
   rng = np.random.default_rng((seed, epoch))
-  if num_instances:
+  has_clusters = np.bincount(labels[labels >= 0]).max(initial=0) > 1
+  if num_instances and has_clusters:
     num_ids = batch_size // num_instances
     draw = by_cluster(rng, labels, camids, num_ids, num_instances, other_camera)
   else:

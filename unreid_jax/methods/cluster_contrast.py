@@ -17,12 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import UserError, losses, memory
 from unreid_jax.methods import Batch, Method, euclidean_distance
-from unreid_jax.pseudo_labels.clustering import (
-  Clustering,
-  Labelling,
-  cluster,
-  keep_largest,
-)
+from unreid_jax.pseudo_labels.clustering import Clustering, Labelling, cluster
 
 _WRITES = {"momentum": memory.write, "hardest": memory.write_hardest}
 
@@ -60,6 +55,7 @@ class State:
 
   centroids: Float[Array, "k d"]
   num_clusters: Int[Array, ""]
+  epoch: Int[Array, ""]
 
 
 def make(**hyperparameters) -> Method:
@@ -67,7 +63,7 @@ def make(**hyperparameters) -> Method:
   hp = Hyperparameters(**hyperparameters)
   bind = functools.partial
   return Method(
-    init=init,
+    init=bind(init, hp),
     encode=lambda epoch: "eval",
     label=bind(label, hp),
     refresh=refresh,
@@ -77,28 +73,24 @@ def make(**hyperparameters) -> Method:
   )
 
 
-def max_clusters(num_images: int) -> int:
-  """How many clusters a bank must hold: of two images each, and two at least.
-
-  DBSCAN with min_samples = 4 makes about a quarter of that at most.
-  """
-  return max(num_images // 2, 2)
+def max_clusters(hp: Clustering, num_images: int) -> int:
+  """How many rows a bank must have."""
+  return num_images if hp.instance_epochs else max(num_images // 2, 2)
 
 
-def init(key, features) -> State:
+def init(hp: Hyperparameters, key, features) -> State:
   """An empty bank for these features, [n, d]."""
   del key
   n, d = features.shape
-  empty = memory.create(jnp.zeros((max_clusters(n), d)))
-  return State(centroids=empty, num_clusters=jnp.zeros((), jnp.int32))
+  zero = jnp.zeros((), jnp.int32)
+  empty = memory.create(jnp.zeros((max_clusters(hp, n), d)))
+  return State(centroids=empty, num_clusters=zero, epoch=zero)
 
 
 def label(hp: Clustering, state, features, camids, pids) -> Labelling:
   """Clusters the features."""
-  del state, pids
-  labelling = cluster(hp, features, camids)
-  most = max_clusters(len(features))
-  return labelling._replace(labels=keep_largest(labelling.labels, most))
+  del pids
+  return cluster(hp, features, camids, int(state.epoch))
 
 
 def refresh(state: State, features, labels, camids) -> State:
@@ -108,6 +100,7 @@ def refresh(state: State, features, labels, camids) -> State:
   return state.replace(
     centroids=memory.centroids(features, labels, num),
     num_clusters=jnp.max(labels) + 1,
+    epoch=state.epoch + 1,
   )
 
 

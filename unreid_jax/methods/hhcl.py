@@ -99,7 +99,7 @@ def make(**hyperparameters) -> Method:
 def init(hp: Hyperparameters, key, features) -> State:
   """Empty banks for these features, [n, d]."""
   n, d = features.shape
-  num = cluster_contrast.max_clusters(n)
+  num = cluster_contrast.max_clusters(hp, n)
   instances = () if hp.memory == "two_rows" else (hp.num_instances,)
   return State(
     centroids=memory.create(jnp.zeros((num, d))),

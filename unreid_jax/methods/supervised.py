@@ -44,5 +44,4 @@ def label(state, features, camids, pids) -> Labelling:
     )
   known, labels = np.unique(pids, return_inverse=True)
   labels = np.maximum(labels - np.sum(known < 0), -1).astype(np.int32)
-  most = cluster_contrast.max_clusters(len(labels))
-  return Labelling(keep_largest(labels, most))
+  return Labelling(keep_largest(labels, max(len(labels) // 2, 2)))

@@ -52,6 +52,8 @@ class Clustering:
     center_cameras: subtracts each camera's mean feature before clustering.
       Ours, not the papers': from random weights most of what a feature shows is
       its camera.
+    instance_epochs: first epochs in which every image is a cluster of its own.
+      Ours too, for random weights, whose clusters are worth nothing.
   """
 
   clustering: str = "dbscan"
@@ -60,6 +62,7 @@ class Clustering:
   eps: float = 0.6
   min_samples: int = 4
   center_cameras: bool = False
+  instance_epochs: int = 0
 
   def __post_init__(self):
     if self.clustering not in ("dbscan", "infomap"):
@@ -80,8 +83,9 @@ def cluster(
   hp: Clustering,
   features: Float[np.ndarray, "n d"],
   camids: Int[np.ndarray, " n"],
+  epoch: int,
 ) -> Labelling:
-  """Clusters the images of an epoch.
+  """Clusters the images of an epoch, n / 2 clusters at most.
 
   With less than two clusters there is nothing to contrast. Then eps is moved
   in steps of .05, up and down in turn, until there are two or more; if no eps
@@ -91,7 +95,10 @@ def cluster(
     hp: how.
     features: unit features of the train images.
     camids: their cameras.
+    epoch: from 0.
   """
+  if epoch < hp.instance_epochs:
+    return Labelling(np.arange(len(features), dtype=np.int32))
   seconds = {}
   if hp.center_cameras:
     features = center_by_camera(features, camids)
@@ -120,6 +127,7 @@ def cluster(
     end = f"this epoch has eps {eps}" if found_two else "no eps makes two"
     count = first.max(initial=-1) + 1
     notes = (f"eps {hp.eps} makes {count} cluster(s); {end}",)
+  labels = keep_largest(labels, max(len(labels) // 2, 2))
   return Labelling(labels, scalars, seconds, notes)
 
 

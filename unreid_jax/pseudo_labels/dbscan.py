@@ -31,7 +31,7 @@ def dbscan(
 def _prune(distances, eps):
   """A copy without the entries above eps, before scikit-learn copies more."""
   keep = distances.data <= eps
-  indptr = np.append(0, np.cumsum(keep))[distances.indptr]
+  indptr = np.append(0, np.cumsum(keep))[distances.indptr].astype(np.int32)
   return csr_array(
     (distances.data[keep], distances.indices[keep], indptr), distances.shape
   )

@@ -51,8 +51,7 @@ def infomap(
     weights = similarities[row, column]
     for edge in zip(row.tolist(), ends.tolist(), weights.tolist(), strict=True):
       network.add_link(*edge)
-    network.run()
-    for node, module in network.get_modules().items():
+    for node, module in network.run().modules():
       modules[node] = module
   return _number(modules, min_size)
 

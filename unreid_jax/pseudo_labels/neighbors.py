@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from unreid_jax import UserError, memory, sharding
 
-_BLOCK_ELEMENTS = 2**24  # of a block of distances, over all devices: 64 MB
+_BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
 
 
 def neighbors(
@@ -45,6 +45,8 @@ def search(
   if k < 1:
     raise UserError(f"k is {k}: ask for 1 neighbour or more")
   features = np.ascontiguousarray(features, np.float32)
+  if np.isnan(features.min()):
+    raise UserError("the features contain NaN: check the images and the model")
   n = len(features)
   with _mesh() as mesh:
     share = mesh.size * memory.ROW_MULTIPLE
@@ -58,10 +60,7 @@ def search(
       block = np.minimum(np.arange(start, start + size), n - 1)
       found = _search_block(bank, features[block], block, n, min(k, n))
       parts.append(jax.device_get(found))
-  found = [np.concatenate(x)[:n] for x in zip(*parts, strict=True)]
-  if np.isnan(found[2]).any():
-    raise UserError("the features contain NaN: check the images and the model")
-  return tuple(found)
+  return tuple(np.concatenate(x)[:n] for x in zip(*parts, strict=True))
 
 
 @contextlib.contextmanager
