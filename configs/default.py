@@ -104,10 +104,19 @@ def published_clusters(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
 
 
 def small_clusters(config: ConfigDict) -> ConfigDict:
-  """`small` for the cluster methods."""
+  """`small` for the cluster methods.
+
+  From random weights a feature shows its camera, and its clusters are worth
+  nothing: hence some epochs of instance discrimination before the first ones,
+  and features that are centred by camera for the clustering.
+  """
   config = small(config)
   config.epochs = 60
   config.sampler.num_instances = 4
   config.optim.lr = 1e-3
   config.optim.milestones = ("45 epochs",)
+  if "eps" in config.method:
+    config.method.eps = 0.5
+    config.method.center_cameras = True
+    config.method.instance_epochs = 10
   return config

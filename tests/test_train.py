@@ -1,5 +1,6 @@
 """The loop: any number of devices, one compile, and after any interruption."""
 
+import json
 import os
 import pathlib
 import re
@@ -18,7 +19,8 @@ from configs import default
 from unreid_jax import UserError, sharding, train
 from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
-from unreid_jax.methods import Batch
+from unreid_jax.methods import Batch, cluster_contrast
+from unreid_jax.pseudo_labels import clustering
 from unreid_jax.state import first_state, make_parts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,6 +42,26 @@ def tiny_config(**changes):
   config = default.get_config("selective", "synthetic", warmup="2 steps")
   config.encoder.head = "stripes"
   config.update_from_flattened_dict(TINY | changes)
+  return config
+
+
+def cluster_config(method, **changes):
+  """A cluster method's config at a size for tests."""
+  config = default.get_config(method, "synthetic")
+  config.update_from_flattened_dict(
+    TINY
+    | {
+      "sampler.num_instances": 4,
+      "steps_per_epoch": 3,
+      "epochs": 3,
+      "method.k1": 6,
+      "method.k2": 2,
+      "method.min_samples": 2,
+      "optim.name": "sgd",
+      "optim.lr": 1e-3,
+    }
+    | changes
+  )
   return config
 
 
@@ -171,6 +193,63 @@ def test_goes_on_with_another_number_of_devices(dataset, tmp_path):
   train.train(tiny_config(num_devices=1, epochs=2), str(tmp_path / "b"))
   for a, b in zip(*map(saved_arrays, tmp_path.iterdir()), strict=True):
     assert np.abs(a - b).max(initial=0) <= 1e-3 * max(np.abs(b).max(), 1)
+
+
+@pytest.mark.parametrize("method", ["cluster_contrast", "hhcl"])
+def test_a_cluster_method_on_one_device_and_eight(dataset, method, tmp_path):
+  """Three epochs, each with clusters of its own; the step compiles once."""
+  lines = []
+  for num_devices in (1, 8):
+    config = cluster_config(method, num_devices=num_devices)
+    workdir = tmp_path / str(num_devices)
+    train.train(config, str(workdir))
+    text = (workdir / "metrics.jsonl").read_text().splitlines()
+    lines.append([json.loads(line) for line in text])
+  clusters = [x["clusters"] for x in lines[0] if x["kind"] == "cluster"]
+  assert len(set(clusters)) > 1 and min(clusters) > 1
+  for one, eight in zip(*lines, strict=True):
+    assert one.keys() == eight.keys()
+    if one["kind"] == "cluster":
+      assert one == eight
+    if one["kind"] == "train":  # roundings grow from step to step
+      np.testing.assert_allclose(one["loss"], eight["loss"], 5e-3)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_labels_are_resumed(dataset, monkeypatch, tmp_path, stop):
+  """Stopped at an epoch's end, or within it: the same run, bit by bit."""
+  config = cluster_config("hhcl", **{"method.memory": "instances"})
+  whole, parted = tmp_path / "whole", tmp_path / "parted"
+  train.train(config, str(whole))
+  with monkeypatch.context() as patch:
+    requested = lambda self, step: step == stop
+    patch.setattr(train.Preemption, "requested", requested)
+    with pytest.raises(train.Interrupted, match=f"after step {stop} of 9"):
+      train.train(config, str(parted))
+  train.train(config, str(parted))
+  texts = [(x / "metrics.jsonl").read_text() for x in (whole, parted)]
+  assert texts[0] == texts[1]
+  for a, b in zip(*map(saved_arrays, (whole, parted)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_an_epoch_without_clusters(dataset, monkeypatch, tmp_path):
+  """The last epoch's labels stay; without any, the run stops."""
+  config = cluster_config("cluster_contrast")
+  nothing = np.full(130, -1, np.int32)
+  labels = [np.arange(130, dtype=np.int32) % 12, nothing, nothing]
+  answers = iter([clustering.Labelling(x) for x in [*labels, nothing]])
+  monkeypatch.setattr(
+    cluster_contrast,
+    "cluster",
+    lambda hp, features, camids, epoch: next(answers),
+  )
+  train.train(config, str(tmp_path / "a"))
+  log = (tmp_path / "a" / "log.txt").read_text()
+  assert log.count("less than two clusters: the last epoch's labels stay") == 2
+  assert saved_arrays(tmp_path / "a")[-1] == 9
+  with pytest.raises(UserError, match=r"0 cluster\(s\) of 130 images, and two"):
+    train.train(config, str(tmp_path / "b"))
 
 
 def test_a_workdir_belongs_to_one_config(dataset, tmp_path):

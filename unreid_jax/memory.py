@@ -8,7 +8,9 @@ accelerator.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import sharding
@@ -70,6 +72,30 @@ def select(
     return lax.psum(jnp.where(own, picked, 0), sharding.AXIS)
 
   return sharding.per_shard(shard, (_BY_COLUMN, _COPY), _COPY)(values, rows)
+
+
+def class_sums(
+  values: Float[Array, "b k"], classes: Int[Array, " k"]
+) -> Float[Array, "b k"]:
+  """Sums over the rows of each class: `out[:, c]`, of column-sharded values.
+
+  Every device adds up its own rows, then each gets the sums of its part of the
+  classes: what travels is [b, k], never a bank. Differentiable.
+
+  Args:
+    values: of each row of a bank, such as `similarities`.
+    classes: of each row, below k; a negative one counts nowhere.
+  """
+  k = len(classes)
+
+  def shard(values, classes):
+    at = jnp.where(classes < 0, k, classes)
+    sums = jnp.zeros((k, len(values))).at[at].add(values.T, mode="drop")
+    return lax.psum_scatter(sums, sharding.AXIS, tiled=True).T
+
+  return sharding.per_shard(shard, (_BY_COLUMN, _BY_ROW), _BY_COLUMN)(
+    values, classes
+  )
 
 
 def nearest(
@@ -194,6 +220,11 @@ def centroids(
       jnp.zeros((k, features.shape[1])).at[rows].add(features, mode="drop")
     )
   )
+
+
+def to_host(bank: Float[Array, "k d"], num_rows: int) -> np.ndarray:
+  """The first rows, on every host; for an epoch's clustering, not in a step."""
+  return multihost_utils.process_allgather(bank, tiled=True)[:num_rows]
 
 
 def _own_rows(rows, num_local):

@@ -33,7 +33,8 @@ def relabel(
   """Encodes the train set, labels it and refreshes the method's banks.
 
   In the mode "train" the images come shuffled and augmented, in training
-  batches, and the running statistics of batch norm move on.
+  batches, and the running statistics of batch norm move on. In the mode
+  "memory" nothing is encoded: the method labels by what its state remembers.
 
   Args:
     parts: of the run.
@@ -41,42 +42,51 @@ def relabel(
     refresh: from `make_refresh`.
     labels: of the last epoch; they stay if there are no better ones.
     train_set: its images, cameras and, for diagnosis, identities.
-    mode: of batch norm.
+    mode: what the method's `encode` said.
     key: of the mode "train".
     writer: for what is found.
 
   Raises:
     UserError: less than two clusters, in this epoch and in the last.
   """
-  config, order = parts.config, np.arange(len(train_set.images))
+  config, pids, camids = parts.config, train_set.pids, train_set.camids
+  variables, features = state.variables, None
+  if mode != "memory":
+    images = train_set.images
+    variables, features = _encode(parts, state, images, mode, key, writer)
+  labelling = parts.method.label(state.method, features, camids, pids)
+  if jax.process_count() > 1:  # hosts must not differ by rounding
+    found = labelling.labels, dict(labelling.state)
+    found = multihost_utils.broadcast_one_to_all(found)
+    labelling = labelling._replace(labels=found[0], state=found[1])
+  _report(labelling, pids, int(state.step), writer)
+  labels = _usable(labelling.labels, labels, writer)
+  num_ids = config.batch_size // (config.sampler.num_instances or 1)
+  if labels.max() + 1 < num_ids:
+    writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
+  known = state.method.replace(**labelling.state)
+  banks = refresh(known, features, labels, camids)
+  stats = variables["batch_stats"]
+  return state.replace(batch_stats=stats, method=banks), labels
+
+
+def _encode(parts, state, images, mode, key, writer):
+  """The variables afterwards, and the features of all images."""
+  config, order = parts.config, np.arange(len(images))
   batch_size = config.evaluate_batch_size
   if mode == "train":
     batch_size = config.batch_size
     np.random.default_rng(config.seed).shuffle(order)
-  variables, features = evaluate.encode(
+  return evaluate.encode(
     parts.encode[mode],
     state.variables,
-    train_set.images,
+    images,
     order,
     batch_size,
     key,
     "encode train",
     writer.track,
   )
-  pids, camids = train_set.pids, train_set.camids
-  labelling = parts.method.label(state.method, features, camids, pids)
-  if jax.process_count() > 1:  # hosts must not differ by rounding
-    labelling = labelling._replace(
-      labels=multihost_utils.broadcast_one_to_all(labelling.labels)
-    )
-  _report(labelling, pids, int(state.step), writer)
-  labels = _usable(labelling.labels, labels, writer)
-  num_ids = config.batch_size // (config.sampler.num_instances or 1)
-  if labels.max() + 1 < num_ids:
-    writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
-  banks = refresh(state.method, features, labels, camids)
-  stats = variables["batch_stats"]
-  return state.replace(batch_stats=stats, method=banks), labels
 
 
 def _usable(labels, previous, writer):
@@ -96,8 +106,8 @@ def _usable(labels, previous, writer):
 def _report(labelling: Labelling, pids, step: int, writer: Writer) -> None:
   """Writes what is known of the labels, from the first step that uses them."""
   labels = labelling.labels
-  if labels.max(initial=-1) + 1 == len(labels):
-    return  # every image for itself
+  if labels.max(initial=-1) + 1 == len(labels) and not labelling.seconds:
+    return  # every image for itself, and nobody tried to cluster them
   found = describe(labels, pids if (pids >= 0).all() else None)
   writer.write(step + 1, "cluster", found | labelling.scalars)
   text = f"{found['clusters']:,} clusters, {found['outliers']:,} outliers"

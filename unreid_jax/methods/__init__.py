@@ -34,11 +34,16 @@ class Method(NamedTuple):
 
   `features` is what the encoder returns: an array [b, d], or a dict of them.
   `state` is the method's own pytree of arrays: banks, counters, networks.
-  `pids` are the true identities: for the supervised bound, and nobody else.
+  `pids` are the true identities: for the supervised bound, and for figures of
+  diagnosis, but for nobody's labels.
+
+  `encode` names the pass over the train set that an epoch begins with: "train"
+  or "eval", which is batch norm's mode; "memory", no pass, `label` and
+  `refresh` get None for features and work on the state; None, no new labels.
   """
 
   init: Callable  # (key, features of all images as ShapeDtypeStructs) -> state
-  encode: Callable  # (epoch) -> "train", "eval": batch-norm mode; None: skip
+  encode: Callable  # (epoch) -> "train", "eval", "memory" or None, see above
   label: Callable  # (state, features, camids, pids) -> Labelling, host
   refresh: Callable  # (state, features, labels, camids) -> state, jitted
   loss: Callable  # (state, features, batch, key) -> loss, metrics

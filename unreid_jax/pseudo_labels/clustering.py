@@ -28,12 +28,15 @@ class Labelling(NamedTuple):
     scalars: figures of the epoch.
     seconds: of each part.
     notes: what a user should know, a line each.
+    state: fields of the method's state that only the labelling knows, by name;
+      the loop replaces them before `refresh`.
   """
 
   labels: Int[np.ndarray, " n"]
   scalars: Mapping[str, float] = _EMPTY
   seconds: Mapping[str, float] = _EMPTY
   notes: tuple[str, ...] = ()
+  state: Mapping[str, np.ndarray] = _EMPTY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +106,15 @@ def cluster(
   if hp.center_cameras:
     features = center_by_camera(features, camids)
   if hp.clustering == "dbscan":
-    found = _timed(seconds, "neighbors", neighbors, features, hp.k1)
+    found = timed(seconds, "neighbors", neighbors, features, hp.k1)
 
   def attempt(eps):
     if hp.clustering == "infomap":
       arguments = features, hp.k1, eps, hp.min_samples
-      return _timed(seconds, "infomap", infomap, *arguments)
+      return timed(seconds, "infomap", infomap, *arguments)
     arguments = features, *found, hp.k2, eps
-    jaccard = _timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
-    return _timed(seconds, "dbscan", dbscan, jaccard, eps, hp.min_samples)
+    jaccard = timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
+    return timed(seconds, "dbscan", dbscan, jaccard, eps, hp.min_samples)
 
   moves = np.outer(np.arange(0, 1, _EPS_STEP), (1, -1)).ravel()[1:]
   tried = [x for x in np.round(hp.eps + moves, 4).tolist() if 0 < x < 1]
@@ -155,11 +158,11 @@ def keep_largest(labels: Int[np.ndarray, " n"], most: int):
 
 def describe(
   labels: Int[np.ndarray, " n"], pids: Int[np.ndarray, " n"] | None = None
-) -> dict[str, float]:
+):
   """How many clusters of which sizes, and how true they are.
 
   Args:
-    labels: pseudo labels; -1 = outlier.
+    labels: pseudo labels; -1 = outlier, and so is a cluster of one image.
     pids: the true identities, if they are known.
 
   Returns:
@@ -168,7 +171,8 @@ def describe(
     outlier counts as a cluster of its own here.
   """
   sizes = np.bincount(labels[labels >= 0])
-  sizes = sizes[sizes > 0]
+  labels = np.where(np.isin(labels, np.flatnonzero(sizes == 1)), -1, labels)
+  sizes = sizes[sizes > 1]
   out = {"clusters": len(sizes), "outliers": int(np.sum(labels < 0))}
   if len(sizes):
     names = ("min", "q25", "median", "q75", "max")
@@ -188,7 +192,8 @@ def describe(
   }
 
 
-def _timed(seconds, name, function, *arguments):
+def timed(seconds: dict[str, float], name: str, function, *arguments):
+  """The function's result; adds the seconds it took under that name."""
   start = time.perf_counter()
   result = function(*arguments)
   seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -51,7 +51,7 @@ def infomap(
     weights = similarities[row, column]
     for edge in zip(row.tolist(), ends.tolist(), weights.tolist(), strict=True):
       network.add_link(*edge)
-    for node, module in network.run().modules():
+    for node, module in network.run().modules().items():
       modules[node] = module
   return _number(modules, min_size)
 

@@ -1,0 +1,36 @@
+"""DHCL-HNM (Zhao & Shu, Digital Signal Processing 156, 2025): a reconstruction.
+
+  python run.py --config=configs/dhcl_hnm.py              drawn images, a laptop
+  python run.py --config=configs/dhcl_hnm.py:market1501
+  python run.py --config=configs/dhcl_hnm.py:cuhk03_np,small
+
+Only the paper's abstract was at hand, and there is no code. So neither the
+method (see unreid_jax/methods/dhcl_hnm.py for what is known, inferred and ours)
+nor this recipe is the authors', and no figure of theirs is to be expected. The
+recipe on real data is SpCL's, on whose memory the method stands: 16 clusters x
+4 images, batch norm over 16, 400 steps an epoch, 800 on MSMT17.
+
+Its parts, one by one:
+
+  --config.method.debias=none         or estimator, instead of the mask
+  --config.method.beta=0              no weights of hard negatives
+  --config.method.instance_weight=0   no instance term
+  --config.method.recluster=features  clusters of freshly extracted features
+
+We have not run it on real data; it would need ImageNet weights as well:
+--config.encoder.pretrained=resnet50.pth.
+"""
+
+from configs import default, spcl
+
+
+def get_config(arguments: str = "synthetic,small"):
+  """The config for "DATASET", with SpCL's recipe, or "DATASET,small"."""
+  config = spcl.get_config(arguments)
+  dataset, small = default.parse(arguments)
+  method = default.get_config("dhcl_hnm", dataset).method
+  if small:
+    for name in ("eps", "center_cameras", "instance_epochs"):
+      method[name] = config.method[name]
+  config.method = method
+  return config

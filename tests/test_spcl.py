@@ -1,0 +1,317 @@
+"""SpCL against the authors' numbers, and against slow twins."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from unreid_jax import UserError, evaluate, memory, methods, sharding, train
+from unreid_jax.data import Dataset, Split
+from unreid_jax.methods import Batch
+from unreid_jax.pseudo_labels import self_paced
+from unreid_jax.pseudo_labels.clustering import Clustering, describe
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=[1, 8])
+def mesh(request):
+  mesh = sharding.make_mesh(request.param)
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def unit(rng, *shape):
+  raw = rng.standard_normal(shape, np.float32)
+  return raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+
+
+def make_state(method, bank, labels):
+  bank, labels = np.asarray(bank), np.asarray(labels, np.int32)
+  state = method.init(KEY, jax.eval_shape(lambda: jnp.asarray(bank)))
+  return jax.jit(method.refresh)(state, bank, labels, labels)
+
+
+def make_batch(indices, labels):
+  indices = jnp.asarray(indices, jnp.int32)
+  labels = jnp.asarray(labels, jnp.int32)[indices]
+  images = jnp.zeros((len(indices), 1, 1, 3), jnp.uint8)
+  return Batch(images, indices, labels, labels)
+
+
+@pytest.mark.parametrize("suffix", ["", "_dupidx"])
+def test_golden(mesh, golden, suffix):
+  z = golden(f"hm_spcl{suffix}")
+  method = methods.make("spcl")
+  state = make_state(method, z["bank_before"], z["labels"])
+  batch = make_batch(z["indexes"], z["labels"])
+  grad = jax.jit(jax.value_and_grad(method.loss, 1, has_aux=True))
+  features = jnp.asarray(z["inputs"])
+  (loss, _), slope = grad(state, features, batch, KEY)
+  np.testing.assert_allclose(loss, z["loss_f64"], 1e-5)
+  np.testing.assert_allclose(slope, z["grad_inputs"], 1e-5, 1e-5)
+  state = jax.jit(method.update)(state, features, batch, KEY)
+  after = state.bank[: len(z["bank_after"])]
+  np.testing.assert_allclose(after, z["bank_after"], 1e-5, 2e-6)
+
+
+def slow_loss(bank, labels, features, targets, temperature):
+  """The softmax with its two epsilons, a loop over anchors and classes."""
+  total = 0.0
+  for feature, target in zip(features, targets, strict=True):
+    exps = {
+      c: np.exp(np.mean(bank[labels == c] @ feature) / temperature)
+      for c in set(labels.tolist()) - {-1}
+    }
+    p = exps[target] / (sum(exps.values()) + 1e-6)
+    total -= np.log(p + 1e-6) / len(features)
+  return total
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3])
+def test_loss_and_gradient_of_holes_and_rows_without_a_class(mesh, temperature):
+  rng = np.random.default_rng(0)
+  bank, features = unit(rng, 150, 8), unit(rng, 16, 8)
+  labels = rng.choice([-1, 0, 3, 4, 9, 140], 150)  # class 140 of 150 rows
+  method = methods.make("spcl", temperature=temperature)
+  state = make_state(method, bank, labels)
+  batch = make_batch(np.flatnonzero(labels >= 0)[:16], labels)
+  bank, features = bank.astype(float), features.astype(float)
+  targets = np.asarray(batch.labels)
+  expected = slow_loss(bank, labels, features, targets, temperature)
+  grad = jax.jit(jax.value_and_grad(method.loss, 1, has_aux=True))
+  (loss, _), slope = grad(state, jnp.asarray(features, "f4"), batch, KEY)
+  np.testing.assert_allclose(loss, expected, 1e-5)
+  for place in [(0, 0), (5, 3), (15, 7)]:
+    ends = []
+    for step in (1e-5, -1e-5):
+      moved = features.copy()
+      moved[place] += step
+      ends.append(slow_loss(bank, labels, moved, targets, temperature))
+    expected = (ends[0] - ends[1]) / 2e-5
+    np.testing.assert_allclose(slope[place], expected, 1e-3, 1e-5)
+
+
+def test_class_sums(mesh):
+  rng = np.random.default_rng(1)
+  values = rng.standard_normal((6, 256), np.float32)
+  classes = jnp.asarray(rng.integers(-1, 256, 256), jnp.int32)
+  expected = np.zeros_like(values)
+  for column, c in enumerate(classes.tolist()):
+    if c >= 0:
+      expected[:, c] += values[:, column]
+  sums = jax.jit(memory.class_sums)
+  np.testing.assert_allclose(sums(values, classes), expected, 1e-5, 1e-6)
+  weights = rng.standard_normal((6, 256), np.float32)
+  value = lambda x: jnp.vdot(weights, memory.class_sums(x, classes))
+  slope = jax.jit(jax.grad(value))(jnp.asarray(values))
+  expected = np.where(classes < 0, 0, weights[:, classes])
+  np.testing.assert_allclose(slope, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["spcl", "dhcl_hnm"])
+def test_the_bank_is_never_gathered(name):
+  """Reads the compiled step: what travels is [b, k] at most."""
+  b, d, n = 16, 128, 2048
+  rng = np.random.default_rng(0)
+  method = methods.make(name)
+  labels = np.arange(n) // 2
+  with jax.set_mesh(sharding.make_mesh(8)):
+    state = make_state(method, unit(rng, n, d), labels)
+    features, batch = jnp.asarray(unit(rng, b, d)), make_batch(range(b), labels)
+
+    def step(state, features, batch, key):
+      grads = jax.grad(method.loss, 1, has_aux=True)
+      grads = grads(state, features, batch, key)
+      return grads, method.update(state, features, batch, key)
+
+    text = jax.jit(step).lower(state, features, batch, KEY).compile().as_text()
+  kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+  lines = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
+  arrays = re.findall(r"[a-z]+\d+\[([\d,]*)\]", " ".join(lines))
+  sizes = [np.prod([int(n) for n in x.split(",") if n]) for x in arrays]
+  assert lines and max(sizes) <= b * n
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_self_paced_golden(golden, epoch):
+  z = golden("selfpaced_spcl")
+  of = lambda name: z[f"e{epoch}_{name}"]
+  labels, tight, loose = (
+    of(f"dbscan{x}").astype(np.int32) for x in ("", "_tight", "_loose")
+  )
+  alone = self_paced.outliers_alone
+  for name, other in (("comp", tight), ("indep", loose)):
+    score = self_paced.disagreement(alone(labels), alone(other))
+    np.testing.assert_array_equal(score, of(f"R_{name}"))
+  before = z["e0_indep_thres_f64"].item() if epoch else np.nan
+  refined, threshold = self_paced.refine(labels, tight, loose, before)
+  np.testing.assert_array_equal(refined, of("refined"))
+  assert threshold == of("indep_thres_f64")
+
+
+def slow_refine(labels, tight, loose, threshold):
+  """Comparisons of all pairs, and a loop over the images."""
+  n = len(labels)
+  alone = [self_paced.outliers_alone(x) for x in (labels, tight, loose)]
+  same = [x[:, None] == x for x in alone]
+  score = lambda a, b: np.float32(1) - (
+    (a & b).sum(1).astype("f4") / (a | b).sum(1).astype("f4")
+  )
+  compact, independent = score(same[0], same[1]), score(same[0], same[2])
+  best = lambda scores, i: scores[same[0][i]].min()
+  if np.isnan(threshold):
+    clusters = [i for i in range(n) if labels[i] >= 0]
+    first = {labels[i]: best(independent, i) for i in reversed(clusters)}
+    ranked = sorted(first.values())
+    if ranked:
+      place = min(len(ranked) - 1, int(np.round(len(ranked) * 0.9)))
+      threshold = ranked[place]
+  out, number = alone[0].copy(), alone[0].max() + 1
+  for i in range(n):
+    keeps = best(independent, i) <= threshold
+    if not (keeps and compact[i] <= best(compact, i)):
+      out[i], number = number, number + 1
+  return out, threshold
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_refine(seed):
+  """Against its slow twin, on clusters that merge, split and lose images."""
+  rng = np.random.default_rng(seed)
+  dense = lambda x: np.unique(np.append(-1, x), return_inverse=True)[1][1:] - 1
+  loose = rng.integers(-1, 12, 120)
+  labels = np.where(loose < 0, -1, loose * 2 + (rng.random(120) < 0.2))
+  labels[rng.random(120) < 0.1] = -1
+  tight = np.where(rng.random(120) < 0.15, -1, labels)
+  trio = [dense(x).astype(np.int32) for x in (labels, tight, loose)]
+  threshold = np.nan
+  for _ in range(2):
+    expected = slow_refine(*trio, threshold)
+    got, threshold = self_paced.refine(*trio, threshold)
+    np.testing.assert_array_equal(got, expected[0])
+    assert threshold == expected[1]
+    trio = [np.roll(x, 1) for x in trio]
+
+
+def test_refine_without_clusters():
+  nothing = np.full(5, -1, np.int32)
+  labels, threshold = self_paced.refine(nothing, nothing, nothing)
+  assert len(set(labels)) == 5 and np.isnan(threshold)
+
+
+def groups(rng, num, size, noise=0.3):
+  centers = np.repeat(unit(rng, num, 16), size, axis=0)
+  raw = centers + noise * unit(rng, num * size, 16)
+  return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype("f4")
+
+
+def test_cluster_at_is_each_eps_alone():
+  rng = np.random.default_rng(0)
+  features, camids = groups(rng, 12, 6, 1.5), np.arange(72) % 3
+  hp = Clustering(k1=8, k2=2, min_samples=2, eps=0.5)
+  several, seconds = self_paced.cluster_at(hp, features, camids, 0, -0.2, 0.2)
+  alone = [
+    self_paced.cluster_at(hp, features, camids, gap)[0][0]
+    for gap in (0, -0.2, 0.2)
+  ]
+  np.testing.assert_array_equal(several, alone)
+  tight, loose = ((x < 0).sum() for x in several[1:])
+  assert tight > loose and set(seconds) == {"neighbors", "jaccard", "dbscan"}
+
+
+def run_label(method, state, features, camids):
+  labelling = method.label(state, features, camids, np.full(len(camids), -1))
+  labels = labelling.labels
+  # Every image has a class, and no class is without an image.
+  np.testing.assert_array_equal(np.unique(labels), np.arange(labels.max() + 1))
+  state = state.replace(**labelling.state)
+  return labelling, jax.jit(method.refresh)(state, features, labels, camids)
+
+
+@pytest.mark.parametrize("name", ["spcl", "dhcl_hnm"])
+def test_labels_of_the_memory(mesh, name):
+  """Without features, clusters are those of the memory, which stays."""
+  rng = np.random.default_rng(0)
+  features, camids = groups(rng, 10, 8), np.arange(80, dtype=np.int32) % 4
+  options = {"k1": 10, "k2": 3, "instance_epochs": 1, "center_cameras": True}
+  method = methods.make(name, **options)
+  assert [method.encode(i) for i in range(3)] == ["eval", "memory", "memory"]
+  state = method.init(KEY, jax.eval_shape(lambda: features))
+  labelling, state = run_label(method, state, features, camids)
+  np.testing.assert_array_equal(labelling.labels, np.arange(80))
+  of_memory, after = run_label(method, state, None, camids)
+  np.testing.assert_array_equal(after.bank, state.bank)
+  of_features, _ = run_label(method, state, features, camids)
+  np.testing.assert_array_equal(of_memory.labels, of_features.labels)
+  # Twin images may still part from their cluster; most do not.
+  found = describe(of_memory.labels, np.arange(80) // 8)
+  assert found["clusters"] == 10 and found["recall"] > 0.6
+  assert len(of_memory.labels) - found["outliers"] > 60
+  sizes = np.bincount(of_memory.labels)
+  np.testing.assert_array_equal(after.sizes[: len(sizes)], sizes)
+  assert not np.any(after.sizes[len(sizes) :])
+  assert np.all(after.labels[80:] == -1)
+
+
+def test_the_threshold_is_that_of_the_first_clusters():
+  rng = np.random.default_rng(0)
+  camids = np.arange(90, dtype=np.int32) % 3
+  method = methods.make("spcl", k1=8, k2=2, min_samples=2, eps_gap=0.2)
+  features = groups(rng, 15, 6, 1.2)
+  state = method.init(KEY, jax.eval_shape(lambda: features))
+  assert np.isnan(state.threshold)
+  _, state = run_label(method, state, features, camids)
+  first = float(state.threshold)
+  assert 0 < first < 1
+  other = groups(rng, 15, 6, 0.8)
+  assert run_label(method, state, other, camids)[1].threshold == first
+  anew = method.init(KEY, jax.eval_shape(lambda: features))
+  assert run_label(method, anew, other, camids)[1].threshold != first
+
+
+@pytest.mark.parametrize("recluster, passes", [("memory", 1), ("features", 3)])
+def test_a_run(monkeypatch, tmp_path, recluster, passes):
+  """Three epochs; on the memory, only the first passes over the images."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (48, 32, 16, 3), np.uint8)
+  pids, camids = (np.arange(48, dtype=np.int32) // 4, np.arange(48) % 4)
+  split = Split(images, pids, camids.astype("i4"), tuple(map(str, pids)))
+  dataset = Dataset(split, None, None)
+  monkeypatch.setattr(train, "load_dataset", lambda config, writer: dataset)
+  titles, encode = [], evaluate.encode
+  spy = lambda *x: titles.append(x[6]) or encode(*x)
+  monkeypatch.setattr(evaluate, "encode", spy)
+  config = default.get_config("spcl", "synthetic", recluster=recluster)
+  config.update_from_flattened_dict(
+    {
+      "dataset.height": 32,
+      "dataset.width": 16,
+      "augment.pad": 2,
+      "encoder.arch": "resnet18",
+      "encoder.width": 0.125,
+      "batch_size": 16,
+      "sampler.num_instances": 4,
+      "steps_per_epoch": 1,
+      "epochs": 3,
+      "method.k1": 6,
+      "method.k2": 2,
+      "method.min_samples": 2,
+    }
+  )
+  train.train(config, str(tmp_path))
+  assert titles.count("encode train") == passes
+  assert (tmp_path / "log.txt").read_text().count("outliers,") == 3
+
+
+def test_bad_values():
+  for name in ("spcl", "dhcl_hnm"):
+    with pytest.raises(UserError, match='method.recluster is "bank": set it'):
+      methods.make(name, recluster="bank")
+  with pytest.raises(UserError, match=r"method.eps_gap is 0.5: set it so that"):
+    methods.make("spcl", eps_gap=0.5)
+  with pytest.raises(UserError, match="method.mask_gap is -1: set it so that"):
+    methods.make("dhcl_hnm", mask_gap=-1)
