@@ -9,7 +9,8 @@ batch 8 on one GPU, SGD at a constant rate, no augmentation but the flip. Their
 logs reach mAP 50.7, R1 78.9 on Market-1501 after 40 epochs with these values;
 two of their runs with the same values differ by 2.9 mAP. The paper's own table
 is not known to us, and we have not run this recipe: ours needs its data.
-It starts from ImageNet weights: --config.encoder.pretrained=resnet50.pth.
+Hardware there: one GPU. It starts from ImageNet weights:
+--config.encoder.pretrained=resnet50.pth.
 """
 
 from configs import default

@@ -6,6 +6,8 @@
 
 No paper: encoder, sampler, schedule and loss are Cluster Contrast's. HHCL's
 authors report 87.2 mAP, 94.6 R1 on Market-1501 for theirs with true labels.
+Hardware there: four RTX 2080 Ti. We have not run it: ours needs the data, and
+ImageNet weights: --config.encoder.pretrained=resnet50.pth.
 """
 
 from configs import default

@@ -113,9 +113,24 @@ def test_shuffled():
   assert np.any(np.sort(longer[5:10].ravel()) != np.sort(rows.ravel()))
 
 
+def test_fewer_images_than_a_batch():
+  labels = np.array([0, 1, -1, 2])
+  rows = PLAN(labels, labels, 0, num_instances=0)
+  assert rows.shape == (30, 8)
+  assert all(set(row) == {0, 1, 3} for row in rows.tolist())
+
+
+def test_images_without_a_twin_are_shuffled():
+  labels = np.arange(50)
+  np.testing.assert_array_equal(
+    PLAN(labels, labels, 0, steps=6),
+    PLAN(labels, labels, 0, num_instances=0, steps=6),
+  )
+
+
 def test_nothing_to_draw():
   nothing = np.full(20, -1)
   with pytest.raises(UserError, match="no image has a label"):
     PLAN(nothing, nothing, 0)
-  with pytest.raises(UserError, match="0 train images are fewer than batch_s"):
+  with pytest.raises(UserError, match="no image has a label"):
     PLAN(nothing, nothing, 0, num_instances=0)

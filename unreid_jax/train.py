@@ -105,9 +105,12 @@ def train(config: ConfigDict, workdir: str) -> None:
     dataset = load_dataset(config, writer)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
-    steps_per_epoch = (
-      config.steps_per_epoch or len(images) // config.batch_size or 1
-    )
+    if len(images) < config.batch_size:
+      raise UserError(
+        f"{len(images)} train images are fewer than batch_size="
+        f"{config.batch_size}: lower batch_size"
+      )
+    steps_per_epoch = config.steps_per_epoch or len(images) // config.batch_size
     plan = functools.partial(
       sampler.plan,
       batch_size=config.batch_size,

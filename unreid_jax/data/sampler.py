@@ -8,6 +8,8 @@ from jaxtyping import Int
 
 from unreid_jax import UserError
 
+_NOTHING = "no image has a label >= 0: there is nothing to train on"
+
 
 def plan(
   labels: Int[np.ndarray, " n"],
@@ -51,16 +53,15 @@ def shuffled(rng: np.random.Generator, labels, batch_size: int):
   """Yields batches without end; every image once a pass, in a new order.
 
   The images of a pass's last, incomplete batch are left out; they are others
-  in each pass.
+  in each pass. Where there are fewer images than a batch needs, it repeats
+  them.
   """
   images = np.flatnonzero(np.asarray(labels) >= 0)
-  if len(images) < batch_size:
-    raise UserError(
-      f"{len(images)} train images are fewer than batch_size={batch_size}: "
-      "lower batch_size"
-    )
+  if not len(images):
+    raise UserError(_NOTHING)
   while True:
     order = rng.permutation(images)
+    order = np.resize(order, max(len(order), batch_size))
     for end in range(batch_size, len(order) + 1, batch_size):
       yield order[end - batch_size : end]
 
@@ -100,7 +101,7 @@ def by_cluster(
   order = np.argsort(labels, kind="stable")
   order = order[np.searchsorted(np.asarray(labels)[order], 0) :]
   if not len(order):
-    raise UserError("no image has a label >= 0: there is nothing to train on")
+    raise UserError(_NOTHING)
   borders = np.flatnonzero(np.diff(np.asarray(labels)[order])) + 1
   clusters = np.split(order, borders)
   camids = np.asarray(camids)
