@@ -21,16 +21,9 @@ We have not run it on real data; it would need ImageNet weights as well:
 --config.encoder.pretrained=resnet50.pth.
 """
 
-from configs import default, spcl
+from configs import spcl
 
 
 def get_config(arguments: str = "synthetic,small"):
   """The config for "DATASET", with SpCL's recipe, or "DATASET,small"."""
-  config = spcl.get_config(arguments)
-  dataset, small = default.parse(arguments)
-  method = default.get_config("dhcl_hnm", dataset).method
-  if small:
-    for name in ("eps", "center_cameras", "instance_epochs"):
-      method[name] = config.method[name]
-  config.method = method
-  return config
+  return spcl.get_config(arguments, "dhcl_hnm")

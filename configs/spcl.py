@@ -20,10 +20,10 @@ their data, and ImageNet weights: --config.encoder.pretrained=resnet50.pth.
 from configs import default
 
 
-def get_config(arguments: str = "synthetic,small"):
+def get_config(arguments: str = "synthetic,small", method: str = "spcl"):
   """The config for "DATASET", as the authors, or "DATASET,small"."""
   dataset, small = default.parse(arguments)
-  config = default.get_config("spcl", dataset)
+  config = default.get_config(method, dataset)
   if small:
     return default.small_clusters(config)
   config.batch_size = 64

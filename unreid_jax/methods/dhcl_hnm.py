@@ -231,16 +231,16 @@ def log_negatives(
   }
   if hp.debias == "estimator":
     floor = -1 / hp.temperature
-    log_mean = _debiased(log_total - log_num, own, hp.tau_plus, floor)
-    metrics["at_floor"] = jnp.mean(some & (log_mean <= floor))
-    log_total = log_mean + log_num
+    floor += log_num
+    log_total = _debiased(log_total, log_num + own, hp.tau_plus, floor)
+    metrics["at_floor"] = jnp.mean(some & (log_total <= floor))
   return jnp.where(some, log_total, -jnp.inf), lax.stop_gradient(metrics)
 
 
-def _debiased(log_mean, own, tau_plus, floor):
-  """log of (mean - tau_plus exp(own)) / (1 - tau_plus), not below the floor."""
-  expected = jnp.log(tau_plus) + own - log_mean
+def _debiased(log_total, log_own, tau_plus, floor):
+  """log of (total - tau_plus own) / (1 - tau_plus), not below the floor."""
+  expected = jnp.log(tau_plus) + log_own - log_total
   is_positive = expected < 0
   rest = jnp.log(-jnp.expm1(jnp.where(is_positive, expected, -1)))
-  debiased = log_mean + rest - jnp.log1p(-tau_plus)
+  debiased = log_total + (rest - jnp.log1p(-tau_plus))
   return jnp.where(is_positive, jnp.maximum(debiased, floor), floor)

@@ -56,7 +56,7 @@ def cluster_at(
 
 def check_gap(name: str, eps: float, gap: float) -> None:
   """Raises a UserError where eps -/+ gap leaves the range from 0 to 1."""
-  if not (gap >= 0 and 0 < eps - gap and eps + gap < 1):
+  if not (gap >= 0 and eps - gap > 0 and eps + gap < 1):
     raise UserError(
       f"method.{name} is {gap}: set it so that eps={eps} minus and plus it "
       "lies between 0 and 1"
