@@ -34,16 +34,19 @@ def test_rules_of_the_reference(golden):
   """Shares over many visits, beside the reference's own 400 epochs."""
   z = golden("sampler_rmgs")
   labels, camids = z["pids"].astype(np.int32), z["cams"].astype(np.int32)
-  num = len(np.unique(labels[labels >= 0]))
-  rng = np.random.default_rng(1)
-  draw = sampler.by_cluster(rng, labels, camids, num, 4)
-  visits = np.concatenate([blocks_of(next(draw)) for _ in range(400)])
+  length = int(z["length_actual"][0])
+  draw = sampler.by_cluster(np.random.default_rng(1), labels, camids, length, 4)
+  visits = {pid: [] for pid in np.unique(labels[labels >= 0])}
+  for _ in range(400):
+    rows = next(draw)
+    borders = np.flatnonzero(np.diff(labels[rows])) + 1
+    for part in np.split(rows, borders):
+      visits[labels[part[0]]].append(part)
   columns = z["per_pid"].T
   for pid, theirs, emitted, same_camera, duplicates, again in columns.T:
-    ours = visits[labels[visits[:, 0]] == pid]
-    assert len(ours) == theirs == 400
-    if emitted == theirs:  # one image: it is repeated
-      assert (ours == ours[0, 0]).all()
+    ours = np.stack(visits[pid])
+    assert len(ours) == theirs == 400 and ours.size == emitted
+    if emitted == theirs:  # one image
       continue
     companions = ours[:, 1:]
     assert np.all(labels[ours] == pid)
@@ -126,6 +129,15 @@ def test_images_without_a_twin_are_shuffled():
     PLAN(labels, labels, 0, steps=6),
     PLAN(labels, labels, 0, num_instances=0, steps=6),
   )
+
+
+def test_clusters_of_one_image():
+  """A batch holds more of them, and the next cluster may be cut."""
+  labels = np.array([0, 0, 1, 2, 3, 4, 5, 5])
+  seen = PLAN(labels, labels * 0, 0, steps=200)
+  counts = np.bincount(labels[seen].ravel(), minlength=6)
+  assert counts[1:5].max() < counts[[0, 5]].min() / 2
+  assert {len(set(labels[row])) for row in seen} >= {3, 4, 5}
 
 
 def test_nothing_to_draw():

@@ -195,7 +195,9 @@ def test_goes_on_with_another_number_of_devices(dataset, tmp_path):
     assert np.abs(a - b).max(initial=0) <= 1e-3 * max(np.abs(b).max(), 1)
 
 
-@pytest.mark.parametrize("method", ["cluster_contrast", "hhcl"])
+@pytest.mark.parametrize(
+  "method", ["cluster_contrast", "hhcl", "spcl", "dhcl_hnm"]
+)
 def test_a_cluster_method_on_one_device_and_eight(dataset, method, tmp_path):
   """Three epochs, each with clusters of its own; the step compiles once."""
   lines = []

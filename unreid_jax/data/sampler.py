@@ -42,8 +42,8 @@ def plan(
   rng = np.random.default_rng((seed, epoch))
   has_clusters = np.bincount(labels[labels >= 0]).max(initial=0) > 1
   if num_instances and has_clusters:
-    num_ids = batch_size // num_instances
-    draw = by_cluster(rng, labels, camids, num_ids, num_instances, other_camera)
+    sizes = batch_size, num_instances
+    draw = by_cluster(rng, labels, camids, *sizes, other_camera)
   else:
     draw = shuffled(rng, labels, batch_size)
   return np.stack([next(draw) for _ in range(steps)])
@@ -70,11 +70,11 @@ def by_cluster(
   rng: np.random.Generator,
   labels,
   camids,
-  num_ids: int,
+  batch_size: int,
   num_instances: int,
   other_camera: bool = True,
 ):
-  """Yields batches of num_ids clusters x num_instances images, without end.
+  """Yields batches of some clusters x num_instances images, without end.
 
   A pass visits the clusters in a random order, each once; those of its last,
   incomplete batch are left out. A cluster's images stand side by side. Where
@@ -83,15 +83,15 @@ def by_cluster(
   The first image of a cluster is drawn at random, the others from its images
   under other cameras than the first one's; if there are none, from its other
   images. These are drawn without replacement if there are num_instances of
-  them or more. A cluster of one image repeats it (the reference yields it
-  once, and the blocks behind it shift).
+  them or more. A cluster of one image yields it once, so that the clusters
+  behind it shift, and one may be cut by the border of two batches.
 
   Args:
     rng: draws everything.
     labels: of all images; negative: outlier.
     camids: likewise.
-    num_ids: P, the clusters in a batch.
-    num_instances: K, the images of each.
+    batch_size: images a batch.
+    num_instances: images of a cluster, K; batch_size // K clusters, P.
     other_camera: False takes the others from all of the cluster's images, as
       the references' `--no-cam`.
 
@@ -112,14 +112,19 @@ def by_cluster(
     if other_camera:
       elsewhere = images[camids[images] != camids[first]]
       others = elsewhere if len(elsewhere) else others
-    others = others if len(others) else images
+    if not len(others):
+      return images
     replace = len(others) < num_instances
     rest = rng.choice(others, num_instances - 1, replace=replace)
     return np.concatenate([[first], rest])
 
+  length = sum(num_instances if len(x) > 1 else 1 for x in clusters)
+  repeats = -(-batch_size // length)
   while True:
-    visits = rng.permutation(len(clusters))
-    visits = np.resize(visits, max(len(visits), num_ids))
-    for end in range(num_ids, len(visits) + 1, num_ids):
-      batch = visits[end - num_ids : end]
-      yield np.concatenate([block(clusters[c]) for c in batch])
+    visits = np.tile(rng.permutation(len(clusters)), repeats)
+    blocks, rows = (block(clusters[c]) for c in visits), []
+    for _ in range(repeats * length // batch_size):
+      while len(rows) < batch_size:
+        rows.extend(next(blocks))
+      yield np.array(rows[:batch_size])
+      rows = rows[batch_size:]
