@@ -107,7 +107,11 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   config, mesh = parts.config, parts.mesh
   key, method_key = jax.random.split(jax.random.key(config.seed))
   shape = (config.dataset.height, config.dataset.width, 3)
-  variables = jax.jit(parts.encoder.init)(key, jnp.zeros((1, *shape)))
+  # On a CPU, full optimisation takes longer to compile and draws the same bits.
+  on_cpu = jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 1} if on_cpu else None
+  init_encoder = jax.jit(parts.encoder.init, compiler_options=options)
+  variables = init_encoder(key, jnp.zeros((1, *shape)))
   if weights:
     variables = pretrained.load(weights, variables)
   images = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32)
