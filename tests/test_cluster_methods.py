@@ -202,6 +202,9 @@ def test_bad_values():
     ("cluster_contrast", "clustering", "kmeans"),
     ("cluster_contrast", "eps", 1.5),
     ("cluster_contrast", "k1", 1),
+    ("cluster_contrast", "temperature", 0.0),
+    ("supervised", "momentum", 1.5),
+    ("hhcl", "num_instances", 0),
   ):
     with pytest.raises(UserError, match=f"method.{key} is .*{value}.*: set it"):
       methods.make(name, **{key: value})

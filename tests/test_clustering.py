@@ -1,11 +1,13 @@
 """From features to an epoch's labels, also where there is nothing to find."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from unreid_jax.pseudo_labels import jaccard
 from unreid_jax.pseudo_labels.clustering import (
   Clustering,
   center_by_camera,
@@ -53,11 +55,32 @@ def test_one_giant_cluster_tightens_eps():
   assert labelling.notes[0].startswith("eps 0.95 makes 1 cluster(s); this")
 
 
-def test_constant_features():
+@pytest.mark.parametrize("most", [2**29, 100])
+def test_constant_features(monkeypatch, most):
+  """One cluster at any eps, also where the pairs do not fit in memory."""
+  monkeypatch.setattr(jaccard, "_MAX_ENTRIES", most)
   features = np.ones((40, 16), np.float32) / 4
   labelling = cluster(HP, features, np.zeros(40, int), epoch=0)
   assert labelling.labels.max() < 1
-  assert labelling.notes[0].endswith("no eps makes two")
+  note = "eps 0.6 makes 1 cluster(s); no other eps makes two"
+  assert labelling.notes == (note,)
+
+
+def test_eps_is_taken_as_it_is():
+  features, camids = make_features(6, 10, 0.1)
+  labelling = cluster(Clustering(k1=8, k2=3, eps=2 / 3), features, camids, 0)
+  assert labelling.scalars == {"eps": 2 / 3} and labelling.notes == ()
+
+
+def test_more_clusters_than_half_the_images():
+  rng = np.random.default_rng(0)
+  features = rng.standard_normal((60, 16)).astype(np.float32)
+  hp = Clustering(k1=8, k2=1, eps=0.1, min_samples=1)
+  labelling = cluster(hp, features, np.zeros(60, int), epoch=0)
+  assert labelling.labels.max() == 29
+  assert re.fullmatch(
+    r"the 30 largest of \d+ clusters are k.*", *labelling.notes
+  )
 
 
 def test_fewer_images_than_neighbours():

@@ -76,3 +76,17 @@ def test_bad_input():
   features[4, 1] = np.nan
   with pytest.raises(UserError, match="NaN"):
     neighbors(features, 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_features_that_are_not_finite(value):
+  features = np.ones((5, 3), np.float32)
+  features[2, 1] = value
+  with pytest.raises(UserError, match="contain NaN or infinity: check the im"):
+    neighbors(features, 2)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4,), (2, 3, 4)])
+def test_features_of_another_shape(shape):
+  with pytest.raises(UserError, match=r"features have shape .*: pass \[n, d\]"):
+    neighbors(np.ones(shape, np.float32), 2)

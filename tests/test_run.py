@@ -39,6 +39,10 @@ ROOT = pathlib.Path(__file__).parent.parent
       "error: batch_size=32 is no multiple of sampler.num_instances=5: ",
     ),
     (
+      ["--config.sampler.num_instances=-4"],
+      "error: sampler.num_instances is -4",
+    ),
+    (
       ["--config=configs/hhcl.py", "--config.method.memory=x"],
       'error: method.memory is "x": set it to "two_rows" or "instances"',
     ),

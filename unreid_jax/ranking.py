@@ -76,6 +76,8 @@ def rank_queries(
 ) -> QueryRanks:
   """`evaluate_rank` for each query by itself; any part of the queries."""
   distances = np.ascontiguousarray(distances)
+  if distances.dtype == np.float16:  # which numba does not know
+    distances = distances.astype(np.float32)
   labels = (query_pids, query_camids, gallery_pids, gallery_camids)
   q_pids, q_camids, g_pids, g_camids = (np.asarray(x, np.int64) for x in labels)
   shapes = (q_pids.shape + g_pids.shape, q_camids.shape + g_camids.shape)

@@ -61,7 +61,8 @@ def relabel(
     labelling = labelling._replace(labels=found[0], state=found[1])
   _report(labelling, pids, int(state.step), writer)
   labels = _usable(labelling.labels, labels, writer)
-  num_ids = config.batch_size // (config.sampler.num_instances or 1)
+  num_instances = config.sampler.num_instances
+  num_ids = config.batch_size // (num_instances or config.batch_size)
   if labels.max() + 1 < num_ids:
     writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
   known = state.method.replace(**labelling.state)

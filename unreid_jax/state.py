@@ -70,7 +70,11 @@ def make_parts(config: ConfigDict) -> Parts:
         f"{key}={config[key]} is no multiple of {mesh.size} devices: change "
         "it or num_devices"
       )
+  counts = {name: config[name] for name in ("epochs", "steps_per_epoch")}
   num_instances = config.sampler.num_instances
+  for name, value in {**counts, "sampler.num_instances": num_instances}.items():
+    if value < 0:
+      raise UserError(f"{name} is {value}: set it to 0 or more")
   if num_instances and config.batch_size % num_instances:
     raise UserError(
       f"batch_size={config.batch_size} is no multiple of "

@@ -101,7 +101,6 @@ def train(config: ConfigDict, workdir: str) -> None:
     check_workdir(workdir, config)
     make_parts(resolve(config, 1))  # mistakes show before the data are read
     writer = stack.enter_context(Writer(workdir))
-    checkpoints = stack.enter_context(Checkpoints(workdir))
     dataset = load_dataset(config, writer)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
@@ -119,6 +118,8 @@ def train(config: ConfigDict, workdir: str) -> None:
       **config.sampler,
     )
     parts = make_parts(resolve(config, steps_per_epoch))
+    # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
+    checkpoints = stack.enter_context(Checkpoints(workdir))
     is_new = checkpoints.step("last") is None
     weights = config.encoder.pretrained if is_new else ""
     state = first_state(parts, len(images), weights)
@@ -189,11 +190,11 @@ def score(config: ConfigDict, workdir: str) -> None:
     if not pathlib.Path(workdir).is_dir():
       raise UserError(f"{workdir} is no folder: give a trained run's --workdir")
     check_workdir(workdir, config)
-    writer = stack.enter_context(Writer(workdir))
-    checkpoints = stack.enter_context(Checkpoints(workdir))
-    if checkpoints.step("last") is None:
+    if not list(pathlib.Path(workdir).glob("checkpoints/last/[0-9]*")):
       raise UserError(f"{workdir} holds no checkpoint yet: train there first")
+    writer = stack.enter_context(Writer(workdir))
     dataset = load_dataset(config, writer)
+    checkpoints = stack.enter_context(Checkpoints(workdir))
     labels = np.zeros(len(dataset.train.images), np.int32)
     parts = make_parts(resolve(config, 1))
     state = first_state(parts, len(labels), weights="")

@@ -44,4 +44,9 @@ def label(state, features, camids, pids) -> Labelling:
     )
   known, labels = np.unique(pids, return_inverse=True)
   labels = np.maximum(labels - np.sum(known < 0), -1).astype(np.int32)
-  return Labelling(keep_largest(labels, max(len(labels) // 2, 2)))
+  kept = keep_largest(labels, max(len(labels) // 2, 2))
+  num, of = kept.max() + 1, labels.max() + 1
+  notes = (
+    () if num == of else (f"the {num} largest of {of} identities are kept",)
+  )
+  return Labelling(kept, notes=notes)

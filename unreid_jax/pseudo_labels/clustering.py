@@ -12,8 +12,11 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from unreid_jax import UserError
 from unreid_jax.pseudo_labels.dbscan import dbscan
-from unreid_jax.pseudo_labels.infomap import infomap
-from unreid_jax.pseudo_labels.jaccard import jaccard_from_neighbors
+from unreid_jax.pseudo_labels.infomap import check_installed, infomap
+from unreid_jax.pseudo_labels.jaccard import (
+  TooManyPairsError,
+  jaccard_from_neighbors,
+)
 from unreid_jax.pseudo_labels.neighbors import neighbors
 
 _EPS_STEP = 0.05
@@ -73,13 +76,26 @@ class Clustering:
         f'method.clustering is "{self.clustering}": set it to "dbscan" or '
         '"infomap"'
       )
-    for name, least in (("k1", 2), ("k2", 1), ("min_samples", 1)):
-      if getattr(self, name) < least:
-        raise UserError(
-          f"method.{name} is {getattr(self, name)}: set it to {least} or more"
-        )
-    if not 0 < self.eps < 1:
-      raise UserError(f"method.eps is {self.eps}: set it between 0 and 1")
+    if self.clustering == "infomap":
+      check_installed()
+    for name, is_right, hint in _RANGES:
+      value = getattr(self, name, None)  # some are of a method's own
+      if value is not None and not is_right(value):
+        raise UserError(f"method.{name} is {value}: set it {hint}")
+
+
+_RANGES = (
+  ("k1", lambda x: x >= 2, "to 2 or more"),
+  ("k2", lambda x: x >= 1, "to 1 or more"),
+  ("min_samples", lambda x: x >= 1, "to 1 or more"),
+  ("eps", lambda x: 0 < x < 1, "between 0 and 1"),
+  ("instance_epochs", lambda x: x >= 0, "to 0 or more"),
+  ("num_instances", lambda x: x >= 1, "to 1 or more"),
+  ("temperature", lambda x: x > 0, "above 0"),
+  ("momentum", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
+  ("label_smoothing", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
+  ("hard_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
+)
 
 
 def cluster(
@@ -90,9 +106,10 @@ def cluster(
 ) -> Labelling:
   """Clusters the images of an epoch, n / 2 clusters at most.
 
-  With less than two clusters there is nothing to contrast. Then eps is moved
-  in steps of .05, up and down in turn, until there are two or more; if no eps
-  between 0 and 1 does it, the labels hold fewer than two clusters.
+  With less than two clusters there is nothing to contrast. Then eps is moved in
+  steps of .05 until there are two or more: to tighter ones if one cluster holds
+  half of the images, else to looser ones. If none does it, the labels hold
+  fewer than two clusters.
 
   Args:
     hp: how.
@@ -108,30 +125,41 @@ def cluster(
   if hp.clustering == "dbscan":
     found = timed(seconds, "neighbors", neighbors, features, hp.k1)
 
+  jaccard, reach = None, 0.0  # the distances up to the loosest eps so far
+
   def attempt(eps):
+    nonlocal jaccard, reach
     if hp.clustering == "infomap":
       arguments = features, hp.k1, eps, hp.min_samples
       return timed(seconds, "infomap", infomap, *arguments)
-    arguments = features, *found, hp.k2, eps
-    jaccard = timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
+    if eps > reach:
+      arguments = features, *found, hp.k2, eps
+      try:
+        jaccard = timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
+      except TooManyPairsError:  # nearly all are alike
+        return np.zeros(len(features), np.int32)
+      reach = eps
     return timed(seconds, "dbscan", dbscan, jaccard, eps, hp.min_samples)
 
-  moves = np.outer(np.arange(0, 1, _EPS_STEP), (1, -1)).ravel()[1:]
-  tried = [x for x in np.round(hp.eps + moves, 4).tolist() if 0 < x < 1]
-  first = None
-  for eps in tried:
-    labels = attempt(eps)
-    first = labels if first is None else first
-    if labels.max(initial=-1) > 0:
-      break
-  scalars, notes = {"eps": eps}, ()
-  if eps != hp.eps:
-    found_two = labels.max(initial=-1) > 0
-    end = f"this epoch has eps {eps}" if found_two else "no eps makes two"
-    count = first.max(initial=-1) + 1
-    notes = (f"eps {hp.eps} makes {count} cluster(s); {end}",)
-  labels = keep_largest(labels, max(len(labels) // 2, 2))
-  return Labelling(labels, scalars, seconds, notes)
+  eps, labels, notes = hp.eps, attempt(hp.eps), []
+  begin = f"eps {eps} makes {labels.max(initial=-1) + 1} cluster(s)"
+  if labels.max(initial=-1) < 1:
+    is_giant = np.mean(labels == 0) >= 0.5
+    looser = 1 if hp.clustering == "dbscan" else -1  # InfoMap's is a similarity
+    step = -looser * _EPS_STEP if is_giant else looser * _EPS_STEP
+    moves = np.round(hp.eps + step * np.arange(1, 1 / _EPS_STEP), 4).tolist()
+    for eps in (x for x in moves if 0 < x < 1):
+      labels = attempt(eps)
+      if labels.max(initial=-1) > 0:
+        notes.append(f"{begin}; this epoch has eps {eps}")
+        break
+    else:
+      notes.append(f"{begin}; no other eps makes two")
+  kept = keep_largest(labels, max(len(labels) // 2, 2))
+  if kept is not labels:
+    of = labels.max() + 1
+    notes.append(f"the {kept.max() + 1} largest of {of} clusters are kept")
+  return Labelling(kept, {"eps": eps}, seconds, tuple(notes))
 
 
 def center_by_camera(

@@ -1,20 +1,23 @@
 """DBSCAN on a sparse matrix of distances."""
 
 import numpy as np
-from jaxtyping import Int
-from scipy.sparse import csr_array
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array, issparse
 from sklearn.cluster import DBSCAN
 
 
 def dbscan(
-  distances: csr_array, eps: float = 0.6, min_samples: int = 4
+  distances: csr_array | Float[np.ndarray, "n n"],
+  eps: float = 0.6,
+  min_samples: int = 4,
 ) -> Int[np.ndarray, " n"]:
   """Density-based clusters of distances; what is not stored is too far.
 
   The labels are those of scikit-learn on the dense matrix.
 
   Args:
-    distances: [n, n], symmetric, with every entry <= eps stored.
+    distances: [n, n], symmetric, with every entry <= eps stored; also any
+      other sparse format, or dense.
     eps: largest distance of two neighbours.
     min_samples: neighbours, itself included, that make a core point.
 
@@ -22,7 +25,9 @@ def dbscan(
     Labels i32[n] from 0 on, in the order of each cluster's first core point;
     -1 = outlier.
   """
-  if distances.data.max(initial=0) > eps:
+  if issparse(distances):
+    distances = csr_array(distances)
+  if issparse(distances) and distances.data.max(initial=0) > eps:
     distances = _prune(distances, eps)
   model = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed")
   return model.fit_predict(distances).astype(np.int32)

@@ -1,5 +1,7 @@
 """Communities of the graph of similar neighbours, by InfoMap."""
 
+import importlib.util
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -35,12 +37,9 @@ def infomap(
   Source: Cluster Contrast's `infomap_cluster.py` (alibaba/
   cluster-contrast-reid), functions get_dist_nbr and cluster_by_infomap.
   """
-  try:
-    from infomap import Infomap
-  except ModuleNotFoundError as error:
-    raise UserError(
-      "InfoMap is not installed: pip install -r requirements-infomap.txt"
-    ) from error
+  check_installed()
+  from infomap import Infomap
+
   distances, indices = neighbors(features, k)
   similarities = 1 - distances[:, 1:] / 2
   row, column = np.nonzero(similarities >= min_similarity)
@@ -54,6 +53,14 @@ def infomap(
     for node, module in network.run().modules().items():
       modules[node] = module
   return _number(modules, min_size)
+
+
+def check_installed() -> None:
+  """Raises a UserError without the package."""
+  if importlib.util.find_spec("infomap") is None:
+    raise UserError(
+      "InfoMap is not installed: pip install -r requirements-infomap.txt"
+    )
 
 
 def _number(modules, min_size):

@@ -20,6 +20,10 @@ _MAX_ENTRIES = 2**29  # of a matrix: 4 GB
 _SPAN = 64  # overlaps that are looked at together
 
 
+class TooManyPairsError(UserError):
+  """Nearly all images are alike: their distances would fill the memory."""
+
+
 def jaccard_distance(
   features: Float[np.ndarray, "n d"],
   k1: int = 30,
@@ -39,8 +43,8 @@ def jaccard_distance(
     is what is <= max_distance, or < 1; every other distance is farther, or 1.
 
   Raises:
-    UserError: a feature is NaN, max_distance is not in [0, 1), k1 or k2 is
-      below 1, or more than 2^29 distances would be stored (4 GB): nearly all
+    UserError: a feature is not finite, max_distance is not in [0, 1), k1 or k2
+      is below 1, or more than 2^29 distances would be stored (4 GB): nearly all
       images are alike.
 
   Source: Zhong et al., CVPR 2017, eq. 3 to 10, as `compute_jaccard_distance` of
@@ -96,7 +100,7 @@ def _distances(encoding, limit):
   indptr = np.append(0, np.cumsum(before + counts))
   total = indptr[-1]
   if total > _MAX_ENTRIES:
-    raise UserError(
+    raise TooManyPairsError(
       f"{total} pairs of {n} images are at a distance of at most {limit:.3g}: "
       "the features are nearly all alike, or max_distance should be smaller"
     )

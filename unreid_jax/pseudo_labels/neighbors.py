@@ -31,7 +31,7 @@ def neighbors(
     distances the lower row comes first, on any number of devices.
 
   Raises:
-    UserError: k is below 1, or a feature is NaN.
+    UserError: k is below 1, a feature is not finite, or there is none.
   """
   return search(features, k)[:2]
 
