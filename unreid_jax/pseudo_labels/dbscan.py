@@ -2,12 +2,12 @@
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array, issparse
+from scipy.sparse import csr_array, issparse, sparray, spmatrix
 from sklearn.cluster import DBSCAN
 
 
 def dbscan(
-  distances: csr_array | Float[np.ndarray, "n n"],
+  distances: sparray | spmatrix | Float[np.ndarray, "n n"],
   eps: float = 0.6,
   min_samples: int = 4,
 ) -> Int[np.ndarray, " n"]:
