@@ -2,7 +2,7 @@ import warnings
 
 import numpy as np
 import pytest
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN
 
 from unreid_jax.pseudo_labels import dbscan
@@ -50,14 +50,10 @@ def test_only_outliers():
 
 def test_dense_and_other_formats():
   """What the references' own function returns, and scipy's other formats."""
-  rng = np.random.default_rng(0)
-  dense = rng.uniform(0.1, 1, (60, 60)).astype(np.float32)
-  dense = np.minimum(dense, dense.T)
-  np.fill_diagonal(dense, 0)
-  expected = DBSCAN(eps=0.2, min_samples=4, metric="precomputed")
-  expected = expected.fit_predict(dense)
-  np.testing.assert_array_equal(dbscan(dense, 0.2), expected)
-  row, column = np.nonzero(dense + np.eye(60))
-  coo = coo_array((dense[row, column], (row, column)))
-  np.testing.assert_array_equal(dbscan(coo, 0.2), expected)
-  assert expected.max() > 0
+  dense = random_distances(0)
+  model = DBSCAN(eps=0.1, min_samples=4, metric="precomputed")
+  want = model.fit_predict(dense)
+  assert want.max() > 0
+  np.testing.assert_array_equal(dbscan(dense, 0.1), want)
+  other = to_sparse(dense, 0.5).tocoo()
+  np.testing.assert_array_equal(dbscan(other, 0.1), want)
