@@ -74,7 +74,7 @@ def test_bad_input():
   with pytest.raises(UserError, match="1 neighbour"):
     neighbors(features, 0)
   features[4, 1] = np.nan
-  with pytest.raises(UserError, match="NaN"):
+  with pytest.raises(UserError, match="NaN or inf"):
     neighbors(features, 2)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
+from PIL import Image
 
 from configs import default
 from unreid_jax import UserError, sharding, train
@@ -271,9 +272,21 @@ def test_a_set_without_queries_exports_features(monkeypatch, tmp_path):
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   """SIGTERM, SIGKILL within an epoch, SIGKILL within a checkpoint's write."""
   broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+  crops = tiny_split(np.random.default_rng(0), 64)
+  for name, image in zip(crops.names, crops.images, strict=True):
+    path = tmp_path / "crops" / f"camera{int(name) % 4}" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
 
   def start(workdir):
-    options = {"epochs": 2, "checkpoint_every": "4 steps"} | TINY
+    options = TINY | {
+      "dataset.name": "folder",
+      "dataset.root": tmp_path / "crops",
+      "dataset.cache_dir": tmp_path / "cache",
+      "epochs": 2,
+      "steps_per_epoch": 14,
+      "checkpoint_every": "4 steps",
+    }
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "run.py", "--config=configs/selective.py"]

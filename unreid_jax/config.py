@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -17,7 +19,9 @@ _FREE = re.compile(
   r"|dataset\.(root|cache_dir)|encoder\.pretrained"
   r"|method\.(camera|squared)_at_test"
 )
-_DURATIONS = re.compile(r".*_every|(method|optim)\.warmup|optim\.milestones")
+_DURATIONS = re.compile(
+  r".*_every|optim\.(warmup|milestones)|method\.(warmup|ramp|generator_steps)"
+)
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
@@ -75,6 +79,33 @@ def write_config(workdir: str, config: ConfigDict) -> None:
     text = json.dumps(_as_json(config), indent=2, sort_keys=True)
     path.with_suffix(".partial").write_text(text + "\n")
     os.replace(path.with_suffix(".partial"), path)
+
+
+def check_values(
+  hyperparameters: Any,
+  choices: Mapping[str, tuple[str, ...]],
+  ranges: Iterable[tuple[str, Callable, str]] = (),
+) -> None:
+  """Refuses a hyper-parameter that has no meaning.
+
+  Args:
+    hyperparameters: an object with the values.
+    choices: what a name may be set to.
+    ranges: name, whether a value is right, and how to set it; of names that
+      the object has.
+
+  Raises:
+    UserError: naming the first one.
+  """
+  for name, known in choices.items():
+    value = getattr(hyperparameters, name)
+    if value not in known:
+      known = " or ".join(f'"{x}"' for x in known)
+      raise UserError(f'method.{name} is "{value}": set it to {known}')
+  for name, is_right, hint in ranges:
+    value = getattr(hyperparameters, name, None)
+    if value is not None and not is_right(value):
+      raise UserError(f"method.{name} is {value}: set it {hint}")
 
 
 def _as_json(config):

@@ -36,6 +36,7 @@ def cross_entropy(
   targets: Int[Array, " b"],
   num_classes: Int[Array, ""],
   label_smoothing: float = 0.0,
+  negatives: Float[Array, "b e"] | None = None,
 ) -> Float[Array, ""]:
   """Softmax cross-entropy over the first `num_classes` columns, batch mean.
 
@@ -47,6 +48,8 @@ def cross_entropy(
       num_classes // 50 most probable classes if these are two or more, else
       over all of them (CrossEntropyLabelSmooth with topk_smoothing in
       bupt-ai-cz/HHCL-ReID, where the share is .1).
+    negatives: more logits of each row, which are in the denominator alone;
+      -inf where there is none.
   """
   columns = jnp.arange(logits.shape[1])
   exists = columns < num_classes
@@ -59,7 +62,12 @@ def cross_entropy(
     gets = jnp.where(num_top > 1, known >= least[:, None], exists)
     spread = logits.mean(axis=1, where=gets)
     chosen = (1 - label_smoothing) * chosen + label_smoothing * spread
-  return jnp.mean(logsumexp(logits, axis=1, where=exists) - chosen)
+  total = logsumexp(logits, axis=1, where=exists)
+  if negatives is not None:
+    # Finite, so that a row without negatives has a gradient.
+    negatives = jnp.maximum(negatives, jnp.finfo(negatives.dtype).min / 2)
+    total = jnp.logaddexp(total, logsumexp(negatives, axis=1))
+  return jnp.mean(total - chosen)
 
 
 def softmax_with_epsilon(

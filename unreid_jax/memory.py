@@ -74,6 +74,19 @@ def select(
   return sharding.per_shard(shard, (_BY_COLUMN, _COPY), _COPY)(values, rows)
 
 
+def take(
+  bank: Float[Array, "k d"], rows: Int[Array, "b m"]
+) -> Float[Array, "b m d"]:
+  """Some rows, on every device."""
+
+  def shard(bank, rows):
+    own, local = _own_rows(rows, len(bank))
+    picked = bank[jnp.where(own, local, 0)]
+    return lax.psum(jnp.where(own[..., None], picked, 0), sharding.AXIS)
+
+  return sharding.per_shard(shard, (_BY_ROW, _COPY), _COPY)(bank, rows)
+
+
 def class_sums(
   values: Float[Array, "b k"], classes: Int[Array, " k"]
 ) -> Float[Array, "b k"]:

@@ -170,6 +170,8 @@ def train(config: ConfigDict, workdir: str) -> None:
           break
       check_finite(latest, step)
       saved = {"state": state, "labels": labels}
+      if step % steps_per_epoch == 0:
+        report_epoch(parts, state, step, writer)
       if step == end or step % due["evaluate"] == 0:
         scores = evaluate_state(parts, state, dataset, writer)
         if scores:
@@ -227,6 +229,17 @@ def evaluate_state(
   text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
   writer.log(f"{f'step {step}':<20}{text}")
   return scores
+
+
+def report_epoch(
+  parts: Parts, state: TrainState, step: int, writer: Writer
+) -> None:
+  """Writes what the method has gathered in an epoch, if anything."""
+  scalars, notes = parts.method.report(state.method)
+  if scalars:
+    writer.write(step, "epoch", scalars)
+  for note in notes:
+    writer.log(f"{'':<20}{note}")
 
 
 def is_best(scores: dict[str, float], history: list[dict]) -> bool:

@@ -37,6 +37,8 @@ class Method(NamedTuple):
   `pids` are the true identities: for the supervised bound, and for figures of
   diagnosis, but for nobody's labels.
 
+  `report` tells at an epoch's end what the state has gathered in its steps.
+
   `encode` names the pass over the train set that an epoch begins with: "train"
   or "eval", which is batch norm's mode; "memory", no pass, `label` and
   `refresh` get None for features and work on the state; None, no new labels.
@@ -49,6 +51,7 @@ class Method(NamedTuple):
   loss: Callable  # (state, features, batch, key) -> loss, metrics
   update: Callable  # (state, features, batch, key) -> state, after the gradient
   distance: Callable  # (query, gallery, query camids, gallery camids) -> [q, g]
+  report: Callable = lambda state: ({}, ())  # -> scalars, notes; host
 
 
 def euclidean_distance(

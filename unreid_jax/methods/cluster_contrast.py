@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unreid_jax import UserError, losses, memory
+from unreid_jax import losses, memory
+from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method, euclidean_distance
 from unreid_jax.pseudo_labels.clustering import Clustering, Labelling, cluster
 
@@ -42,10 +43,7 @@ class Hyperparameters(Clustering):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.update not in _WRITES:
-      raise UserError(
-        f'method.update is "{self.update}": set it to "momentum" or "hardest"'
-      )
+    check_values(self, {"update": tuple(_WRITES)})
 
 
 @struct.dataclass
@@ -104,13 +102,22 @@ def refresh(state: State, features, labels, camids) -> State:
   )
 
 
-def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """Cross-entropy of a feature's cluster against all clusters."""
+def loss(hp, state: State, features, batch: Batch, key, negatives=None):
+  """Cross-entropy of a feature's cluster against all clusters.
+
+  Args:
+    hp: Hyperparameters.
+    state: with the centroids.
+    features: unit features, [b, d].
+    batch: with their labels.
+    key: not used.
+    negatives: as in `losses.cross_entropy`.
+  """
   del key
   features = memory.normalize(features)  # as in the reference
   logits = memory.similarities(state.centroids, features) / hp.temperature
   value = losses.cross_entropy(
-    logits, batch.labels, state.num_clusters, hp.label_smoothing
+    logits, batch.labels, state.num_clusters, hp.label_smoothing, negatives
   )
   return value, {}
 

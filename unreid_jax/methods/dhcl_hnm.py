@@ -39,7 +39,8 @@ from jax import lax
 from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Bool, Float, Int
 
-from unreid_jax import UserError, memory
+from unreid_jax import memory
+from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method, euclidean_distance, spcl
 from unreid_jax.pseudo_labels import false_negatives
 from unreid_jax.pseudo_labels.clustering import Clustering, Labelling
@@ -89,23 +90,15 @@ class Hyperparameters(Clustering):
 
   def __post_init__(self):
     super().__post_init__()
-    spcl.check_recluster(self.recluster)
     if self.debias == "mask":
       check_gap("mask_gap", self.eps, self.mask_gap)
     choices = {
+      "recluster": spcl.RECLUSTER,
       "debias": ("mask", "estimator", "none"),
       "positives": ("hardest", "all"),
     }
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        known = " or ".join(f'"{x}"' for x in known)
-        raise UserError(
-          f'method.{name} is "{getattr(self, name)}": set it to {known}'
-        )
-    if not 0 <= self.tau_plus < 1:
-      raise UserError(
-        f"method.tau_plus is {self.tau_plus}: set it to 0 or more, below 1"
-      )
+    small = "tau_plus", lambda x: 0 <= x < 1, "to 0 or more, below 1"
+    check_values(self, choices, (small,))
 
 
 @struct.dataclass

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
-from unreid_jax import UserError, losses, memory
+from unreid_jax import losses, memory
+from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method, cluster_contrast
 from unreid_jax.pseudo_labels.clustering import Clustering
 
@@ -62,12 +63,7 @@ class Hyperparameters(Clustering):
       "memory": ("two_rows", "instances"),
       "loss_weights": ("code", "convex"),
     }
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        raise UserError(
-          f'method.{name} is "{getattr(self, name)}": set it to '
-          f'"{known[0]}" or "{known[1]}"'
-        )
+    check_values(self, choices)
 
 
 @struct.dataclass
@@ -135,14 +131,20 @@ def refresh(hp: Hyperparameters, state: State, features, labels, camids):
   )
 
 
-def two_rows_loss(hp: Hyperparameters, state, features, batch: Batch, key):
-  """Cross-entropies against the hard and against the mean rows."""
+def two_rows_loss(
+  hp: Hyperparameters, state, features, batch: Batch, key, negatives=None
+):
+  """Cross-entropies against the hard and against the mean rows.
+
+  `negatives`, here and below: as in `losses.cross_entropy`, of both.
+  """
   del key
-  hard = _cross_entropy(hp, state.hard, state, features, batch)
-  mean = _cross_entropy(hp, state.centroids, state, features, batch)
+  rest = state, features, batch, negatives
+  hard = _cross_entropy(hp, state.hard, *rest)
+  mean = _cross_entropy(hp, state.centroids, *rest)
   w = hp.hard_weight
-  rest = w * (1 - w) if hp.loss_weights == "code" else 1 - w
-  return w * hard + rest * mean, {"loss_hard": hard, "loss_mean": mean}
+  w_mean = w * (1 - w) if hp.loss_weights == "code" else 1 - w
+  return w * hard + w_mean * mean, {"loss_hard": hard, "loss_mean": mean}
 
 
 def update_two_rows(hp: Hyperparameters, state, features, batch: Batch, key):
@@ -155,7 +157,9 @@ def update_two_rows(hp: Hyperparameters, state, features, batch: Batch, key):
   )
 
 
-def instances_loss(hp: Hyperparameters, state, features, batch: Batch, key):
+def instances_loss(
+  hp: Hyperparameters, state, features, batch: Batch, key, negatives=None
+):
   """Cross-entropies against the centroids and the hardest instances."""
   del key
   k, p, d = state.hard.shape
@@ -163,8 +167,8 @@ def instances_loss(hp: Hyperparameters, state, features, batch: Batch, key):
   each = flat.reshape(-1, k, p)
   is_own = batch.labels[:, None] == jnp.arange(k)
   hardest = jnp.where(is_own, each.min(axis=2), each.max(axis=2))
-  hard = _of_logits(hp, hardest / hp.temperature, state, batch)
-  mean = _cross_entropy(hp, state.centroids, state, features, batch)
+  hard = _of_logits(hp, hardest / hp.temperature, state, batch, negatives)
+  mean = _cross_entropy(hp, state.centroids, state, features, batch, negatives)
   value = hp.hard_weight * mean + (1 - hp.hard_weight) * hard
   return value, {"loss_hard": hard, "loss_mean": mean}
 
@@ -190,14 +194,14 @@ def update_instances(hp: Hyperparameters, state, features, batch: Batch, key):
   )
 
 
-def _cross_entropy(hp, bank, state, features, batch):
+def _cross_entropy(hp, bank, state, features, batch, negatives):
   logits = memory.similarities(bank, features) / hp.temperature
-  return _of_logits(hp, logits, state, batch)
+  return _of_logits(hp, logits, state, batch, negatives)
 
 
-def _of_logits(hp, logits, state, batch):
+def _of_logits(hp, logits, state, batch, negatives):
   return losses.cross_entropy(
-    logits, batch.labels, state.num_clusters, hp.label_smoothing
+    logits, batch.labels, state.num_clusters, hp.label_smoothing, negatives
   )
 
 

@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import UserError, losses, memory
+from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method
 from unreid_jax.pseudo_labels.clustering import Labelling
 
@@ -79,12 +80,7 @@ class Hyperparameters:
       "bank_init": ("train", "eval"),
       "gradient": ("sequential", "frozen"),
     }
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        raise UserError(
-          f'method.{name} is "{getattr(self, name)}": set it to '
-          f'"{known[0]}" or "{known[1]}"'
-        )
+    check_values(self, choices)
 
 
 @struct.dataclass

@@ -17,10 +17,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unreid_jax import UserError, losses, memory
+from unreid_jax import losses, memory
+from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method, euclidean_distance
 from unreid_jax.pseudo_labels.clustering import Clustering, Labelling
 from unreid_jax.pseudo_labels.self_paced import check_gap, cluster_at, refine
+
+RECLUSTER = ("memory", "features")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Hyperparameters(Clustering):
   def __post_init__(self):
     super().__post_init__()
     check_gap("eps_gap", self.eps, self.eps_gap)
-    check_recluster(self.recluster)
+    check_values(self, {"recluster": RECLUSTER})
 
 
 @struct.dataclass
@@ -72,14 +75,6 @@ def make(**hyperparameters) -> Method:
     update=bind(update, hp),
     distance=euclidean_distance,
   )
-
-
-def check_recluster(value: str) -> None:
-  """Raises a UserError if there is no such choice."""
-  if value not in ("memory", "features"):
-    raise UserError(
-      f'method.recluster is "{value}": set it to "memory" or "features"'
-    )
 
 
 def init(key, features) -> State:

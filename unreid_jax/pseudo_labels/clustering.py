@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from unreid_jax import UserError
+from unreid_jax.config import check_values
 from unreid_jax.pseudo_labels.dbscan import dbscan
 from unreid_jax.pseudo_labels.infomap import check_installed, infomap
 from unreid_jax.pseudo_labels.jaccard import (
@@ -71,19 +71,12 @@ class Clustering:
   instance_epochs: int = 0
 
   def __post_init__(self):
-    if self.clustering not in ("dbscan", "infomap"):
-      raise UserError(
-        f'method.clustering is "{self.clustering}": set it to "dbscan" or '
-        '"infomap"'
-      )
+    check_values(self, {"clustering": ("dbscan", "infomap")}, _RANGES)
     if self.clustering == "infomap":
       check_installed()
-    for name, is_right, hint in _RANGES:
-      value = getattr(self, name, None)  # some are of a method's own
-      if value is not None and not is_right(value):
-        raise UserError(f"method.{name} is {value}: set it {hint}")
 
 
+# Some are of a method's own.
 _RANGES = (
   ("k1", lambda x: x >= 2, "to 2 or more"),
   ("k2", lambda x: x >= 1, "to 1 or more"),

@@ -14,7 +14,7 @@ _BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
 
 
 def neighbors(
-  features: Float[np.ndarray, "n d"], k: int
+  features: Float[np.ndarray, "..."], k: int
 ) -> tuple[Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]]:
   """The k nearest rows of each row, itself included.
 
@@ -22,7 +22,7 @@ def neighbors(
   which are spread over the devices of `jax.set_mesh`, or over all devices.
 
   Args:
-    features: of any length.
+    features: [n, d], of any length.
     k: neighbours of a row, itself included; all rows if there are fewer.
 
   Returns:
@@ -31,22 +31,28 @@ def neighbors(
     distances the lower row comes first, on any number of devices.
 
   Raises:
-    UserError: k is below 1, a feature is not finite, or there is none.
+    UserError: k is below 1, the features are no matrix, or not finite.
   """
   return search(features, k)[:2]
 
 
 def search(
-  features: Float[np.ndarray, "n d"], k: int
+  features: Float[np.ndarray, "..."], k: int
 ) -> tuple[
   Float[np.ndarray, "n m"], Int[np.ndarray, "n m"], Float[np.ndarray, " n"]
 ]:
   """`neighbors`, and the largest squared distance from each row."""
   if k < 1:
     raise UserError(f"k is {k}: ask for 1 neighbour or more")
+  if features.ndim != 2 or not features.size:
+    raise UserError(f"the features have shape {features.shape}: pass [n, d]")
   features = np.ascontiguousarray(features, np.float32)
-  if np.isnan(features.min()):
-    raise UserError("the features contain NaN: check the images and the model")
+  with np.errstate(over="ignore", invalid="ignore"):
+    squared = np.einsum("nd,nd->n", features, features)
+  if not np.isfinite(squared).all():  # or so large that distances overflow
+    raise UserError(
+      "the features contain NaN or infinity: check the images and the model"
+    )
   n = len(features)
   with _mesh() as mesh:
     share = mesh.size * memory.ROW_MULTIPLE
