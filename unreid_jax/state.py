@@ -89,7 +89,7 @@ def make_parts(config: ConfigDict) -> Parts:
   encoder = models.make(**options)
   augment_images = functools.partial(augment.augment, **config.augment)
   copies = NamedSharding(mesh, sharding.COPY)
-  method = methods.make(**config.method)
+  method = methods.make(**config.method.to_dict())
   return Parts(
     config=config,
     mesh=mesh,

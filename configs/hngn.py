@@ -1,0 +1,64 @@
+"""HNGN (Li et al., IJCAI 2022), generated hard negatives: a reconstruction.
+
+  python run.py --config=configs/hngn.py                  drawn images, a laptop
+  python run.py --config=configs/hngn.py:market1501
+  python run.py --config=configs/hngn.py:market1501,hhcl  over HHCL's memory
+  python run.py --config=configs/hngn.py:cuhk03_np,small
+
+Only the paper's abstract was at hand, and there is no code. So neither the
+method (see unreid_jax/methods/hngn.py for what is known, inferred and ours) nor
+this recipe is the authors', and no figure of theirs is to be expected. The
+recipe on real data is the baseline of ISE (CVPR 2022) by the same authors, a
+Cluster Contrast with average pooling: 82.5 / 92.5 on Market-1501 (mAP / R1),
+30.1 / 58.6 on MSMT17, which a generator would have to beat. Over HHCL it is
+HHCL's. The wrapped method's keys are config.method.base.*:
+--config.method.base.eps=.5.
+
+Its parts, one by one:
+
+  --config.method.generated_weight=0          the baseline, and the figures
+  --config.method.generator=interpolation     negatives without a network
+  --config.method.identity_weight=0           collapses, unless radius is .5
+  --config.method.alternate=epoch '--config.method.generator_steps=1 epoch'
+
+We have not run it on real data; it would need ImageNet weights as well:
+--config.encoder.pretrained=resnet50.pth.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cluster_contrast, hhcl
+from unreid_jax import methods
+
+
+def get_config(arguments: str = "synthetic,small"):
+  """The config for "DATASET" or "DATASET,small", with ",hhcl" over HHCL."""
+  over_hhcl = arguments.endswith(",hhcl")
+  base = hhcl if over_hhcl else cluster_contrast
+  config = base.get_config(arguments.removesuffix(",hhcl"))
+  is_small = config.dataset.height == 64
+  if not is_small and not over_hhcl:
+    _like_ise(config)
+  method = {"name": "hngn"} | methods.defaults("hngn")
+  method["base"] = config.method.to_dict()
+  method["warmup"] = "20 epochs" if is_small else "5 epochs"
+  method["ramp"] = "5 epochs"
+  method["generator_steps"] = "1 step"
+  if is_small:
+    method["generator_width"] = 256
+  config.method = ConfigDict(method)
+  return config
+
+
+def _like_ise(config):
+  """The baseline of the authors' other paper."""
+  config.encoder.pooling = "avg"
+  config.steps_per_epoch = 400
+  if config.dataset.name == "msmt17":
+    config.method.eps = 0.7
+    return
+  config.epochs = 70
+  config.optim.milestones = ("30 epochs", "60 epochs")
+  config.method.update = "hardest"
+  config.method.momentum = 0.2
+  config.method.eps = 0.4

@@ -1,0 +1,438 @@
+"""The reconstruction of HNGN against slow twins, and what it must not do.
+
+There are no numbers of the authors': the twins compute, in float64 and with
+loops over anchors and negatives, what the method's file says it does.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unreid_jax import UserError, hard_negatives, methods, sharding
+from unreid_jax.config import resolve
+from unreid_jax.methods import Batch, hngn
+from unreid_jax.models.generator import Generator, interpolate
+from unreid_jax.state import first_state, make_parts
+
+T = 0.05
+K, D, B, M = 30, 16, 12, 4
+SMALL = {"generator_width": 32, "noise": 4, "num_generated": M}
+
+
+def unit(rng, *shape):
+  raw = rng.standard_normal(shape).astype(np.float32)
+  return raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+
+
+def softplus(x):
+  return np.logaddexp(x, 0)
+
+
+def make(base=None, **hyperparameters):
+  """The hyper-parameters and their method, the same for the same ones."""
+  base = {"name": "cluster_contrast"} | (base or {})
+  return cached(tuple(base.items()), tuple(sorted(hyperparameters.items())))
+
+
+@functools.lru_cache
+def cached(base, hyperparameters):
+  base = methods.defaults(dict(base)["name"]) | dict(base)
+  options = {"base": base} | dict(hyperparameters)
+  hp, method = hngn.Hyperparameters(**options), methods.make("hngn", **options)
+  return hp, method, jax.jit(functools.partial(hngn.propose, hp))
+
+
+class Case:
+  """A memory of families of three look-alikes, and anchors from it."""
+
+  def __init__(self, num=K, seed=0, **hyperparameters):
+    rng = np.random.default_rng(seed)
+    families = unit(rng, -(-num // 3), D).repeat(3, axis=0)[:num]
+    self.centroids = families + unit(rng, num, D)
+    self.centroids /= np.linalg.norm(self.centroids, axis=1, keepdims=True)
+    self.labels = (np.arange(B) % num).astype(np.int32)
+    self.features = self.centroids[self.labels] + unit(rng, B, D)
+    self.features /= np.linalg.norm(self.features, axis=1, keepdims=True)
+    images = jnp.zeros((B, 1, 1, 3), jnp.uint8)
+    self.batch = Batch(images, *[jnp.asarray(self.labels)] * 3)
+    self.hp, self.method, self._propose = make(**SMALL | hyperparameters)
+    shapes = jax.ShapeDtypeStruct((max(2 * num, 130), D), jnp.float32)
+    self.state = self.method.init(jax.random.key(seed), shapes)
+    labels = np.r_[np.arange(num), np.full(len(shapes) - num, -1)]
+    features = np.r_[self.centroids, unit(rng, len(shapes) - num, D)]
+    self.inputs = features, labels.astype(np.int32), 0 * labels
+    self.state = compiled(self.method.refresh)(self.state, *self.inputs)
+    self.key = jax.random.key(seed)
+
+  def proxies(self):
+    """Clusters of the nearest negatives of each anchor, most similar first."""
+    similar = self.features @ self.centroids.T
+    similar[np.arange(B), self.labels] = -np.inf
+    return np.argsort(-similar, axis=1)[:, : min(M, len(self.centroids) - 1)]
+
+  def propose(self, state):
+    features = jnp.asarray(self.features)
+    return self._propose(state, features, self.batch.labels, self.key)
+
+  def step(self, state=None, features=None):
+    """Loss, metrics, gradient and the state afterwards."""
+    state = self.state if state is None else state
+    features = self.features if features is None else features
+    (loss, metrics), slope = compiled_grad(self.method.loss)(
+      state, jnp.asarray(features), self.batch, self.key
+    )
+    update = compiled(self.method.update)
+    after = update(state, jnp.asarray(features), self.batch, self.key)
+    return loss, metrics, slope, after
+
+
+@functools.lru_cache
+def compiled(function):
+  return jax.jit(function)
+
+
+@functools.lru_cache
+def compiled_grad(function):
+  return jax.jit(jax.value_and_grad(function, 1, has_aux=True))
+
+
+@pytest.mark.parametrize("num", [K, 3])  # of three, two others and no more
+@pytest.mark.parametrize("hardness", ["non_saturating", "min_max"])
+def test_terms_of_the_generator(num, hardness):
+  """Each term, and their weighed sum with the gradient's direction."""
+  weights = {"hardness": 1.5, "identity": 0.7, "proximity": 0.3}
+  options = {f"{name}_weight": x for name, x in weights.items()}
+  case = Case(num, hardness=hardness, **options)
+  clusters = case.proxies()
+  generated = unit(np.random.default_rng(1), B, M, D)
+  near, _, _ = case.propose(case.state)
+  found = clusters.shape[1]
+  np.testing.assert_array_equal(near.clusters[:, :found], clusters)
+  np.testing.assert_array_equal(near.exist, [[j < found for j in range(M)]] * B)
+  np.testing.assert_allclose(
+    near.proxies[:, :found], case.centroids[clusters], 1e-6, 1e-7
+  )
+
+  f, c = case.features.astype(float), case.centroids.astype(float)
+  twin = {name: [] for name in weights}
+  figures = {name: [] for name in ("to_anchor", "as_intended", "as_own")}
+  for i, y in enumerate(case.labels):
+    for j, n in enumerate(clusters[i]):
+      g = generated[i, j].astype(float)
+      pair = (f[i] @ g - f[i] @ c[y]) / T
+      hard = (
+        softplus(-pair) if hardness == "non_saturating" else -softplus(pair)
+      )
+      logits = c @ g / T
+      twin["hardness"].append(hard)
+      twin["identity"].append(np.logaddexp.reduce(logits) - logits[n])
+      twin["proximity"].append(np.sum((g - c[n]) ** 2))
+      figures["to_anchor"].append(f[i] @ g)
+      figures["as_intended"].append(np.argmax(logits) == n)
+      figures["as_own"].append(np.argmax(logits) == y)
+
+  bank = case.state.base.centroids
+  generated = jnp.asarray(generated)
+  args = bank, jnp.asarray(num), generated, T
+  logits = jax.jit(hard_negatives.logits_of_clusters, static_argnums=3)(*args)
+  terms = jax.jit(hard_negatives.terms, static_argnums=(3, 4))
+  terms = terms(near, generated, logits, T, hardness)
+  for name in weights:
+    np.testing.assert_allclose(terms[name], np.mean(twin[name]), 1e-5)
+  taken = logits.argmax(axis=1).reshape(B, M)
+  measured = jax.jit(hard_negatives.figures)(near, generated, taken)
+  for name, values in figures.items():
+    np.testing.assert_allclose(measured[name], np.mean(values), 1e-5, 1e-6)
+
+
+def test_the_generators_loss_is_the_weighed_sum(monkeypatch):
+  weights = {"hardness": 1.5, "identity": 0.7, "proximity": 0.3}
+  options = {f"{name}_weight": x for name, x in weights.items()}
+  case = Case(**options)
+  parts = {name: jnp.asarray(i + 1.0) for i, name in enumerate(weights)}
+  monkeypatch.setattr(hard_negatives, "terms", lambda *args: parts)
+  value = jax.jit(functools.partial(hngn.generator_loss, case.hp))(
+    case.state.generator.params,
+    case.state,
+    jnp.asarray(case.features),
+    case.batch.labels,
+    case.key,
+  )
+  np.testing.assert_allclose(value, 1.5 * 1 + 0.7 * 2 + 0.3 * 3)
+
+
+def slow_loss(case, features, generated, taken_for, weight, share):
+  """Cluster Contrast with more negatives, in float64."""
+  c, clusters = case.centroids.astype(float), case.proxies()
+  total = 0
+  for i, y in enumerate(case.labels):
+    denominator = np.exp(c @ features[i] / T).sum()
+    for a in range(B) if share else [i]:
+      for j in range(M):
+        if clusters[a, j] != y and taken_for[a, j] != y:
+          similar = features[i] @ generated[a, j].astype(float)
+          denominator += weight * np.exp(similar / T)
+    total += np.log(denominator) - c[y] @ features[i] / T
+  return total / B
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_loss_and_gradient_of_the_encoder(share):
+  """In the middle of the ramp, with negatives that are left out."""
+  changes = {"generated_weight": 0.9, "warmup": 2, "ramp": 3}
+  case = Case(share=share, **changes)
+  state = case.state.replace(step=jnp.asarray(3))
+  near, generated, taken_for = case.propose(state)
+  # Some that the memory takes for the anchor's own cluster.
+  generated = np.array(generated)
+  generated[::3, 1] = case.centroids[case.labels[::3]]
+  taken_for = np.argmax(generated @ case.centroids.T, axis=-1)
+  assert np.any(taken_for == case.labels[:, None])
+
+  def propose(*args):
+    return near, jnp.asarray(generated), jnp.asarray(taken_for)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(hngn, "propose", propose)
+    grad = jax.jit(jax.value_and_grad(case.method.loss, 1, has_aux=True))
+    args = state, jnp.asarray(case.features), case.batch, case.key
+    (loss, metrics), slope = grad(*args)
+  weight = 0.9 * (3 + 1 - 2) / (3 + 1)
+  twin = functools.partial(
+    slow_loss,
+    case,
+    generated=generated,
+    taken_for=taken_for,
+    weight=weight,
+    share=share,
+  )
+  features = case.features.astype(float)
+  np.testing.assert_allclose(loss, twin(features), 1e-5)
+  plain = slow_loss(case, features, generated, taken_for, 0, share)
+  share_of_loss = 1 - plain / twin(features)
+  np.testing.assert_allclose(metrics["loss_share"], share_of_loss, 1e-3)
+  direction = unit(np.random.default_rng(5), B, D).astype(float)
+  # Features are normalised: only what is orthogonal to them counts.
+  along = np.sum(direction * features, axis=1, keepdims=True)
+  direction -= along * features
+  ahead, behind = (twin(features + s * direction) for s in (1e-5, -1e-5))
+  np.testing.assert_allclose(
+    np.sum(np.asarray(slope) * direction), (ahead - behind) / 2e-5, 1e-4
+  )
+
+
+BASES = [
+  {"name": "cluster_contrast", "update": "hardest"},
+  {"name": "hhcl", "loss_weights": "convex"},
+  {"name": "hhcl", "memory": "instances", "num_instances": 3},
+  {"name": "supervised"},
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("changes", [{"generated_weight": 0.0}, {"warmup": 1}])
+def test_without_weight_it_is_the_wrapped_method(base, changes):
+  """Its loss, its gradient and its bank, bit by bit."""
+  case = Case(base=base, **changes)
+  options = dict(base)
+  plain = methods.make(options.pop("name"), **options)
+  loss, _, slope, after = case.step()
+  args = case.state.base, jnp.asarray(case.features), case.batch, case.key
+  (value, _), expected = compiled_grad(plain.loss)(*args)
+  np.testing.assert_allclose(loss, value, 1e-6)
+  np.testing.assert_allclose(slope, expected, 1e-5, 1e-6)
+  bank = compiled(plain.update)(*args)
+  jax.tree.map(np.testing.assert_array_equal, after.base, bank)
+
+
+@pytest.mark.parametrize("base", BASES[:3])
+def test_every_memory_meets_the_negatives(base):
+  case = Case(base=base)
+  loss, metrics, _, _ = case.step()
+  options = dict(base)
+  plain = methods.make(options.pop("name"), **options)
+  args = case.state.base, jnp.asarray(case.features), case.batch, case.key
+  assert loss > compiled(plain.loss)(*args)[0] + 0.05
+  assert 0 < metrics["loss_share"] < 1
+
+
+def test_each_step_moves_its_own_network():
+  """The encoder's loss has no slope in the generator, nor the other way."""
+  case = Case()
+  params = case.state.generator.params
+
+  def encoder_loss(params):
+    state = case.state.replace(generator=hngn.GeneratorState(params, {}))
+    features = jnp.asarray(case.features)
+    return case.method.loss(state, features, case.batch, case.key)[0]
+
+  slopes = jax.tree.leaves(jax.jit(jax.grad(encoder_loss))(params))
+  assert not any(np.any(x) for x in slopes)
+  after = case.step()[3]
+  moved = jax.tree.map(
+    lambda a, b: np.any(a != b), params, after.generator.params
+  )
+  assert all(jax.tree.leaves(moved))
+  # The bank is moved by the real features alone, whatever was generated.
+  silent = Case(generator="interpolation")
+  assert not jax.tree.leaves(silent.state.generator)
+  for a, b in zip(
+    *(jax.tree.leaves(x.step()[3].base) for x in (case, silent)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_warm_up_and_ramp():
+  case = Case(warmup=2, ramp=2, generated_weight=0.6)
+  state, weights = case.state, []
+  for step in range(6):
+    weights.append(0.6 * float(hngn._progress(case.hp, state.step)))
+    before = state
+    state = case.step(state)[3]
+    pairs = zip(
+      *(jax.tree.leaves(x.generator) for x in (before, state)), strict=True
+    )
+    assert any(np.any(a != b) for a, b in pairs) == (step >= 2)
+  np.testing.assert_allclose(weights, [0, 0, 0.2, 0.4, 0.6, 0.6], 1e-6)
+  assert int(state.sums["steps"]) == 4
+
+
+def train_generator(num_steps, **changes):
+  case = Case(learning_rate=1e-2, ramp=10**6, **changes)
+  state = case.state
+  for i in range(num_steps):
+    features, key = jnp.asarray(case.features), jax.random.key(i)
+    if i == num_steps - 5:  # figures of the last steps only
+      state = state.replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
+    update = compiled(case.method.update)
+    memory_before = state.base
+    state = update(state, features, case.batch, key)
+    state = state.replace(base=memory_before)
+  return case.method.report(state)
+
+
+def test_collapse_is_reported_and_the_defaults_do_not():
+  """Without identity term and trust region a negative becomes the anchor."""
+  scalars, notes = train_generator(150, identity_weight=0.0)
+  assert scalars["as_own"] > 0.6 and scalars["to_anchor"] > 0.9
+  assert any("collapses" in note for note in notes)
+  for safe in ({}, {"identity_weight": 0.0, "radius": 0.3}):
+    scalars, notes = train_generator(150, **safe)
+    assert scalars["as_own"] < 0.02 and scalars["as_intended"] > 0.9
+    assert not any("collapses" in note for note in notes)
+    assert scalars["to_anchor"] > scalars["proxy_to_anchor"] + 0.05
+
+
+def test_generator_starts_at_the_proxy_and_stays_in_its_region():
+  rng = np.random.default_rng(0)
+  anchors, proxies = map(jnp.asarray, (unit(rng, B, D), unit(rng, B, M, D)))
+  key = jax.random.key(0)
+  for radius in (0.0, 0.4):
+    network = Generator(width=32, noise=4, radius=radius)
+    variables = network.init(key, anchors, proxies, key)
+    new = network.apply(variables, anchors, proxies, key)
+    assert np.abs(new - proxies).max() < 0.05
+    wild = jax.tree.map(lambda x: 100 * x, variables)
+    out = network.apply(wild, anchors, proxies, key)
+    cosine = np.sum(out * proxies, axis=-1)
+    # A move of at most r turns a unit vector by at most arcsin(r).
+    limit = np.sqrt(1 - radius**2)
+    assert (cosine.min() >= limit - 1e-6) == bool(radius)
+    again = network.apply(wild, anchors, proxies, jax.random.key(1))
+    assert np.abs(again - out).max() > 1e-3  # the noise has a say
+    np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, 1e-5)
+
+
+def test_interpolation():
+  """A share of the way that grows as ISE's: .25 at its end."""
+  case = Case(generator="interpolation", warmup=2, ramp=8)
+  for step, progress in ((1, 0), (5, 4 / 9), (30, 1)):
+    state = case.state.replace(step=jnp.asarray(step))
+    _, generated, _ = case.propose(state)
+    amount = 0.25 * np.log((np.e - 1) * progress + 1)
+    proxies = case.centroids[case.proxies()]
+    mixed = (1 - amount) * proxies + amount * case.features[:, None]
+    mixed /= np.linalg.norm(mixed, axis=-1, keepdims=True)
+    np.testing.assert_allclose(generated, mixed, 1e-5, 1e-6)
+  same = interpolate(jnp.asarray(case.features), jnp.asarray(proxies), 0.0)
+  np.testing.assert_allclose(same, proxies, 1e-5, 1e-6)
+
+
+def test_alternating_by_epoch():
+  """Before each epoch after the warm-up, on all images, and in no step."""
+  options = {"alternate": "epoch", "generator_steps": 5, "warmup": 3}
+  case = Case(phase_batch_size=8, learning_rate=1e-2, **options)
+  refresh = compiled(case.method.refresh)
+
+  def network(state):
+    leaves = jax.tree.leaves(state.generator)
+    return np.concatenate([np.ravel(x) for x in leaves])
+
+  first = refresh(case.state, *case.inputs)
+  np.testing.assert_array_equal(network(first), network(case.state))
+  late = first.replace(step=jnp.asarray(3))
+  trained = refresh(late, *case.inputs)
+  assert np.abs(network(trained) - network(late)).max() > 0.01
+  again = refresh(late, *case.inputs)
+  np.testing.assert_array_equal(network(trained), network(again))
+  after = case.step(trained)[3]
+  np.testing.assert_array_equal(network(trained), network(after))
+  # Images without a label are not among the anchors.
+  features, labels, camids = case.inputs
+  other = np.where(labels[:, None] < 0, -features, features)
+  changed = refresh(late, other, labels, camids)
+  np.testing.assert_array_equal(network(trained), network(changed))
+
+
+@pytest.mark.parametrize("alternate", ["iteration", "epoch"])
+def test_one_device_equals_eight(alternate):
+  """Two steps and a phase of the generator, with the moments of its Adam."""
+  trees = []
+  for num_devices in (1, 8):
+    with jax.set_mesh(sharding.make_mesh(num_devices)):
+      case = Case(alternate=alternate, generator_steps=2)
+      state = case.state
+      for _ in range(2):
+        state = case.step(state)[3]
+      trees.append((state, case.step(state)[:3]))
+  for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+    np.testing.assert_allclose(a, b, 1e-4, 2e-6)
+
+
+def test_nothing_is_left_at_inference():
+  """As many parameters as the baseline, and the very same program."""
+  texts, counts = [], []
+  for name in ("cluster_contrast", "hngn"):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.encoder.width = 0.125
+    with jax.set_mesh(sharding.make_mesh(1)):
+      parts = make_parts(resolve(config, 4))
+      state = first_state(parts, 130, weights="")
+      images = jnp.zeros((8, 64, 32, 3), jnp.uint8)
+      args = state.variables, images, jax.random.key(0)
+      texts.append(parts.encode["eval"].lower(*args).as_text())
+      counts.append(jax.tree.map(jnp.shape, state.variables))
+  assert texts[0] == texts[1]
+  assert counts[0] == counts[1]
+
+
+def test_bad_values():
+  for changes, text in (
+    ({"generator": "gan"}, 'method.generator is "gan": set it to "learned" or'),
+    ({"alternate": "never"}, 'method.alternate is "never": set it to "iter'),
+    ({"num_generated": 0}, "method.num_generated is 0: set it from 1 to 128"),
+    ({"radius": -1.0}, "method.radius is -1.0: set it to 0 or more"),
+    ({"base": {"name": "spcl"}}, 'method.base.name is "spcl", which has no'),
+    (
+      {"base": {"name": "hhcl", "memory": "x"}},
+      'method.base.memory is "x": set it to "two_rows" or "instances"',
+    ),
+  ):
+    with pytest.raises(UserError, match=text):
+      methods.make("hngn", **changes)
+  with pytest.raises(TypeError, match="memory"):
+    methods.make("hngn", base={"name": "cluster_contrast", "memory": "x"})
