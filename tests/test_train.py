@@ -49,15 +49,17 @@ def tiny_config(**changes):
 def cluster_config(method, **changes):
   """A cluster method's config at a size for tests."""
   config = default.get_config(method, "synthetic")
+  config.num_devices = 2
+  cluster = "method.base" if method == "hngn" else "method"
   config.update_from_flattened_dict(
     TINY
     | {
       "sampler.num_instances": 4,
       "steps_per_epoch": 3,
       "epochs": 3,
-      "method.k1": 6,
-      "method.k2": 2,
-      "method.min_samples": 2,
+      f"{cluster}.k1": 6,
+      f"{cluster}.k2": 2,
+      f"{cluster}.min_samples": 2,
       "optim.name": "sgd",
       "optim.lr": 1e-3,
     }
@@ -215,17 +217,35 @@ def test_a_cluster_method_on_one_device_and_eight(dataset, tmp_path):
           np.testing.assert_allclose(one[name], eight[name], 2e-3, 1e-9)
 
 
-@pytest.mark.parametrize("stop", [3, 4])
-def test_labels_are_resumed(dataset, monkeypatch, tmp_path, stop):
+def generator_config(**changes):
+  """A warm-up of two steps, and then a ramp of four."""
+  config = cluster_config("hngn")
+  with config.method.ignore_type():
+    config.method.update({"warmup": "2 steps", "ramp": "4 steps"} | changes)
+  config.method.generator_width = 16
+  return config
+
+
+@pytest.mark.parametrize(
+  "config, stops",
+  [
+    (cluster_config("hhcl", **{"method.memory": "instances"}), (3, 4)),
+    (generator_config(), (1, 4)),
+    (generator_config(alternate="epoch", generator_steps="1 epoch"), (4,)),
+  ],
+)
+def test_labels_and_networks_are_resumed(
+  dataset, monkeypatch, tmp_path, config, stops
+):
   """Stopped at an epoch's end, or within it: the same run, bit by bit."""
-  config = cluster_config("hhcl", **{"method.memory": "instances"})
   whole, parted = tmp_path / "whole", tmp_path / "parted"
   train.train(config, str(whole))
-  with monkeypatch.context() as patch:
-    requested = lambda self, step: step == stop
-    patch.setattr(train.Preemption, "requested", requested)
-    with pytest.raises(train.Interrupted, match=f"after step {stop} of 9"):
-      train.train(config, str(parted))
+  for stop in stops:
+    with monkeypatch.context() as patch:
+      requested = lambda self, step, stop=stop: step == stop
+      patch.setattr(train.Preemption, "requested", requested)
+      with pytest.raises(train.Interrupted, match=f"after step {stop} of 9"):
+        train.train(config, str(parted))
   train.train(config, str(parted))
   texts = [(x / "metrics.jsonl").read_text() for x in (whole, parted)]
   assert texts[0] == texts[1]

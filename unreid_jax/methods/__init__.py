@@ -81,8 +81,7 @@ def make(name: str, **hyperparameters) -> Method:
 
 def defaults(name: str) -> dict:
   """Every hyper-parameter of a method with its default."""
-  fields = dataclasses.fields(_module(name).Hyperparameters)
-  return {field.name: field.default for field in fields}
+  return dataclasses.asdict(_module(name).Hyperparameters())
 
 
 def _module(name):

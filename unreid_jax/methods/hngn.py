@@ -271,20 +271,21 @@ def report(state: State) -> tuple[dict[str, float], tuple[str, ...]]:
   if not steps:
     return {}, ()
   mean = {name: x / steps for name, x in sums.items()}
-  notes = [
-    f"generated negatives: similarity to the anchor {mean['to_anchor']:.2f} "
-    f"(their proxies' {mean['proxy_to_anchor']:.2f}, its own cluster's "
-    f"{mean['own_to_anchor']:.2f}), {100 * mean['as_intended']:.0f} % taken "
-    f"for their proxy's cluster, {100 * mean['as_own']:.0f} % for the "
-    f"anchor's, {100 * mean['loss_share']:.0f} % of the loss"
-  ]
+  notes = (
+    f"generated: similarity to the anchor {mean['to_anchor']:.2f} (of its own "
+    f"cluster {mean['own_to_anchor']:.2f}, of the proxies "
+    f"{mean['proxy_to_anchor']:.2f}), to the proxies {mean['to_proxy']:.2f}",
+    f"{100 * mean['as_intended']:.0f} % are taken for their proxy's cluster, "
+    f"{100 * mean['as_own']:.0f} % for the anchor's; "
+    f"{100 * mean['loss_share']:.0f} % of the loss is theirs",
+  )
   if mean["as_own"] > _COLLAPSED:
-    notes.append(
+    notes += (
       "warning: the generator collapses onto the anchors; what is taken for "
-      "their own cluster is left out, so little is learned from it: raise "
-      "method.identity_weight, or set method.radius to .5"
+      "their own cluster is left out of the loss, which leaves little to learn "
+      "from: raise method.identity_weight, or set method.radius to .5",
     )
-  return mean, tuple(notes)
+  return mean, notes
 
 
 def propose(hp: Hyperparameters, state: State, features, labels, key):
