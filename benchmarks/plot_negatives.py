@@ -2,8 +2,8 @@
 
   python benchmarks/plot_negatives.py OUT.png NAME=WORKDIR [NAME=WORKDIR ...]
 
-Needs matplotlib. One panel a run: similarity of the generated negatives to their
-anchor, between that of the proxies which they start from and that of the
+Needs matplotlib. One panel a run: similarity of the generated negatives to
+their anchor, between that of the proxies which they start from and that of the
 anchor's own centroid.
 """
 

@@ -26,6 +26,7 @@ from unreid_jax.state import first_state, make_parts
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
+  "num_devices": 2,
   "dataset.height": 64,
   "dataset.width": 32,
   "encoder.arch": "resnet18",
@@ -49,7 +50,6 @@ def tiny_config(**changes):
 def cluster_config(method, **changes):
   """A cluster method's config at a size for tests."""
   config = default.get_config(method, "synthetic")
-  config.num_devices = 2
   cluster = "method.base" if method == "hngn" else "method"
   config.update_from_flattened_dict(
     TINY
@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_stops_the_run(dataset, tmp_path):
 
 
 def test_goes_on_with_another_number_of_devices(dataset, tmp_path):
-  for num_devices, epochs in ((1, 1), (8, 2)):
+  for num_devices, epochs in ((1, 1), (4, 2)):
     train.train(
       tiny_config(num_devices=num_devices, epochs=epochs), str(tmp_path / "a")
     )
@@ -300,6 +300,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
 
   def start(workdir):
     options = TINY | {
+      "num_devices": 1,
       "dataset.name": "folder",
       "dataset.root": tmp_path / "crops",
       "dataset.cache_dir": tmp_path / "cache",
