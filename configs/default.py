@@ -119,4 +119,6 @@ def small_clusters(config: ConfigDict) -> ConfigDict:
     config.method.eps = 0.5
     config.method.center_cameras = True
     config.method.instance_epochs = 10
+  if "recluster" in config.method:
+    config.method.recluster = "features"  # the memory's are worse here
   return config
