@@ -10,9 +10,9 @@ method (see unreid_jax/methods/hngn.py for what is known, inferred and ours) nor
 this recipe is the authors', and no figure of theirs is to be expected. The
 recipe on real data is the baseline of ISE (CVPR 2022) by the same authors, a
 Cluster Contrast with average pooling: 82.5 / 92.5 on Market-1501 (mAP / R1),
-30.1 / 58.6 on MSMT17, which a generator would have to beat. Over HHCL it is
-HHCL's. The wrapped method's keys are config.method.base.*:
---config.method.base.eps=.5.
+30.1 / 58.6 on MSMT17, which a generator would have to beat. Over HHCL, or over
+supervised (",supervised"), it is theirs. The wrapped method's keys are
+config.method.base.*: --config.method.base.eps=.5.
 
 Its parts, one by one:
 
@@ -27,17 +27,19 @@ We have not run it on real data; it would need ImageNet weights as well:
 
 from ml_collections import ConfigDict
 
-from configs import cluster_contrast, hhcl
+from configs import cluster_contrast, default, hhcl, supervised
 from unreid_jax import methods
+
+_OTHERS = {"hhcl": hhcl, "supervised": supervised}
 
 
 def get_config(arguments: str = "synthetic,small"):
   """The config for "DATASET" or "DATASET,small", with ",hhcl" over HHCL."""
-  over_hhcl = arguments.endswith(",hhcl")
-  base = hhcl if over_hhcl else cluster_contrast
-  config = base.get_config(arguments.removesuffix(",hhcl"))
-  is_small = config.dataset.height == 64
-  if not is_small and not over_hhcl:
+  rest, _, over = arguments.rpartition(",")
+  arguments = rest if over in _OTHERS else arguments
+  config = _OTHERS.get(over, cluster_contrast).get_config(arguments)
+  _, is_small = default.parse(arguments)
+  if not is_small and over not in _OTHERS:
     _like_ise(config)
   method = {"name": "hngn"} | methods.defaults("hngn")
   method["base"] = config.method.to_dict()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -38,3 +39,16 @@ def golden():
   """Loads tests/goldens/NAME.npz, made by running the references' code."""
   folder = pathlib.Path(__file__).parent / "goldens"
   return lambda name: np.load(folder / f"{name}.npz")
+
+
+@pytest.fixture
+def collective_sizes():
+  """Reads a compiled program: how many elements each collective moves."""
+  kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+
+  def read(text):
+    lines = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
+    arrays = re.findall(r"[a-z]+\d+\[([\d,]*)\]", " ".join(lines))
+    return [np.prod([int(n) for n in x.split(",") if n]) for x in arrays]
+
+  return read

@@ -46,6 +46,14 @@ ROOT = pathlib.Path(__file__).parent.parent
       ["--config=configs/hhcl.py", "--config.method.memory=x"],
       'error: method.memory is "x": set it to "two_rows" or "instances"',
     ),
+    (
+      ["--config=configs/hngn.py", "--config.method.base.name=hhcl"],
+      "error: method.base.update is no hyper-parameter of hhcl: leave it ou",
+    ),
+    (
+      ["--config=configs/hhcl.py", "--config.encoder.head=stripes"],
+      "error: this method takes one feature an image, and encoder.head ",
+    ),
     (["--config.evaluate_every=never"], 'error: evaluate_every="never" is no'),
     (["--config.num_devices=-1"], "error: num_devices=-1, but JAX sees "),
     (["--config.encoder.arch=vgg"], "error: encoder.arch='vgg' is unknown"),

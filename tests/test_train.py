@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -17,12 +17,14 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from configs import default
-from unreid_jax import UserError, sharding, train
+from unreid_jax import UserError, methods, sharding, train
 from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
-from unreid_jax.methods import Batch, cluster_contrast
+from unreid_jax.methods import Batch, cluster_contrast, dhcl_hnm
 from unreid_jax.pseudo_labels import clustering
-from unreid_jax.state import first_state, make_parts
+from unreid_jax.relabel import relabel
+from unreid_jax.state import Parts, first_state, make_parts
+from unreid_jax.writer import Writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -151,7 +153,7 @@ def test_one_device_equals_eight(dataset):
   assert np.median(worst) <= 1e-5
 
 
-def test_the_bank_is_never_gathered():
+def test_the_bank_is_never_gathered(collective_sizes):
   """Reads the compiled step: no collective is as large as a bank."""
   rng = np.random.default_rng(0)
   dataset = Dataset(*(tiny_split(rng, num) for num in (2000, 8, 16)))
@@ -161,11 +163,8 @@ def test_the_bank_is_never_gathered():
   for bank in (*banks, state.method.local_bank):
     shapes = {x.data.shape for x in bank.addressable_shards}
     assert shapes == {(256, *bank.shape[1:])}
-  names = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-  lines = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", rig.step.as_text())
-  arrays = re.findall(r"[a-z]+\d+\[([\d,]*)\]", " ".join(lines))
-  sizes = [np.prod([int(n) for n in x.split(",") if n]) for x in arrays]
-  assert len(lines) > 10  # the pattern does find them
+  sizes = collective_sizes(rig.step.as_text())
+  assert len(sizes) > 10  # the pattern does find them
   assert max(sizes) < banks[0].size / 2
 
 
@@ -270,6 +269,25 @@ def test_an_epoch_without_clusters(dataset, monkeypatch, tmp_path):
   assert saved_arrays(tmp_path / "a")[-1] == 9
   with pytest.raises(UserError, match=r"0 cluster\(s\) of 130 images, and two"):
     train.train(config, str(tmp_path / "b"))
+
+
+def test_what_goes_with_refused_labels_is_refused_too(tmp_path):
+  """One cluster: the last epoch's labels stay, and so does the state."""
+  one = clustering.Labelling(
+    np.zeros(4, np.int32), state={"loose": np.zeros(4, np.int32)}
+  )
+  method = methods.make("dhcl_hnm")._replace(label=lambda *_: one)
+  config = cluster_config("dhcl_hnm")
+  parts = Parts(config, None, None, method, None, None, {})
+  banks = dhcl_hnm.State(*[jnp.zeros(())] * 4, loose=jnp.ones(4))
+  state = train.TrainState(jnp.zeros((), int), {}, {}, {}, banks)
+  known = np.array([0, 0, 1, 1], np.int32)
+  refresh = lambda banks, features, labels, camids: banks
+  images = tiny_split(np.random.default_rng(0), 4)
+  rest = images, "memory", jax.random.key(0), Writer(str(tmp_path))
+  after, labels = relabel(parts, state, refresh, known, *rest)
+  np.testing.assert_array_equal(labels, known)
+  np.testing.assert_array_equal(after.method.loose, np.ones(4))
 
 
 def test_a_workdir_belongs_to_one_config(dataset, tmp_path):

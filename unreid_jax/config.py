@@ -49,7 +49,8 @@ def _steps(key, value, steps_per_epoch):
       f'{key}="{value}" is no duration: write "10 epochs" or "500 steps"'
     )
   unit = steps_per_epoch if match[2] == "epoch" else 1
-  return round(float(match[1]) * unit)
+  number = float(match[1])
+  return max(round(number * unit), 1 if number else 0)
 
 
 def check_workdir(workdir: str, config: ConfigDict) -> None:

@@ -61,11 +61,12 @@ def relabel(
     labelling = labelling._replace(labels=found[0], state=found[1])
   _report(labelling, pids, int(state.step), writer)
   labels = _usable(labelling.labels, labels, writer)
+  news = labelling.state if labels is labelling.labels else {}
   num_instances = config.sampler.num_instances
   num_ids = config.batch_size // (num_instances or config.batch_size)
   if labels.max() + 1 < num_ids:
     writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
-  known = state.method.replace(**labelling.state)
+  known = state.method.replace(**news)
   banks = refresh(known, features, labels, camids)
   stats = variables["batch_stats"]
   return state.replace(batch_stats=stats, method=banks), labels

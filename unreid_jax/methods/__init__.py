@@ -65,6 +65,20 @@ def euclidean_distance(
   return 2 - 2 * jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
 
 
+def size_of(features) -> tuple[int, int]:
+  """n and d of features [n, d].
+
+  Raises:
+    UserError: the encoder returns others.
+  """
+  if isinstance(features, dict):
+    raise UserError(
+      "this method takes one feature an image, and encoder.head returns "
+      f'{" and ".join(features)} ones: set it to "neck"'
+    )
+  return features.shape
+
+
 def make(name: str, **hyperparameters) -> Method:
   """The method of that name.
 

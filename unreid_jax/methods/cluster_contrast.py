@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
 from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, euclidean_distance
+from unreid_jax.methods import Batch, Method, euclidean_distance, size_of
 from unreid_jax.pseudo_labels.clustering import Clustering, Labelling, cluster
 
 _WRITES = {"momentum": memory.write, "hardest": memory.write_hardest}
@@ -79,7 +79,7 @@ def max_clusters(hp: Clustering, num_images: int) -> int:
 def init(hp: Hyperparameters, key, features) -> State:
   """An empty bank for these features, [n, d]."""
   del key
-  n, d = features.shape
+  n, d = size_of(features)
   zero = jnp.zeros((), jnp.int32)
   empty = memory.create(jnp.zeros((max_clusters(hp, n), d)))
   return State(centroids=empty, num_clusters=zero, epoch=zero)

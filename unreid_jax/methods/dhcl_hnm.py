@@ -97,8 +97,13 @@ class Hyperparameters(Clustering):
       "debias": ("mask", "estimator", "none"),
       "positives": ("hardest", "all"),
     }
-    small = "tau_plus", lambda x: 0 <= x < 1, "to 0 or more, below 1"
-    check_values(self, choices, (small,))
+    ranges = (
+      ("tau_plus", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
+      ("beta", lambda x: x >= 0, "to 0 or more"),
+      ("instance_weight", lambda x: x >= 0, "to 0 or more"),
+      ("num_negatives", lambda x: x >= 0, "to 0 or more"),
+    )
+    check_values(self, choices, ranges)
 
 
 @struct.dataclass

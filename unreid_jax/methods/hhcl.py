@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from unreid_jax import losses, memory
 from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, cluster_contrast
+from unreid_jax.methods import Batch, Method, cluster_contrast, size_of
 from unreid_jax.pseudo_labels.clustering import Clustering
 
 
@@ -94,7 +94,7 @@ def make(**hyperparameters) -> Method:
 
 def init(hp: Hyperparameters, key, features) -> State:
   """Empty banks for these features, [n, d]."""
-  n, d = features.shape
+  n, d = size_of(features)
   num = cluster_contrast.max_clusters(hp, n)
   instances = () if hp.memory == "two_rows" else (hp.num_instances,)
   return State(

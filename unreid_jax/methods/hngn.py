@@ -40,7 +40,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from unreid_jax import UserError, hard_negatives, memory, methods
+from unreid_jax import UserError, hard_negatives, memory, methods, sharding
 from unreid_jax.config import check_values
 from unreid_jax.methods import Batch, Method
 from unreid_jax.models.generator import Generator, interpolate
@@ -58,7 +58,8 @@ class Hyperparameters:
     generator: "learned", or "interpolation", which has no network.
     num_generated: m, negatives for each anchor.
     hardness: "non_saturating", as above, or "min_max", the encoder's own loss
-      of the pair with the sign turned, which has no lower bound.
+      of the pair with the sign turned, whose pull does not fade when the
+      negative is nearer than the positive.
     hardness_weight: a.
     identity_weight: b; without it and without a radius the generator collapses
       onto the anchor.
@@ -70,7 +71,8 @@ class Hyperparameters:
     ramp: steps in which eta grows to its value thereafter.
     alternate: "iteration": the generator steps after each step of the encoder,
       on the same features; "epoch": it is trained before each epoch, on the
-      features of all images, while the encoder stands still.
+      features of all images, while the encoder stands still; then one step,
+      the default, is next to nothing.
     generator_steps: of the generator, each time.
     phase_batch_size: anchors in a step of such an epoch.
     generator_width: of its hidden layers.
@@ -118,15 +120,13 @@ class Hyperparameters:
 
 
 _POSITIVE = ("generator_steps", "phase_batch_size", "generator_width")
-_WEIGHTS = ("hardness_weight", "identity_weight", "proximity_weight")
+_NOT_NEGATIVE = ("hardness_weight", "identity_weight", "proximity_weight")
+_NOT_NEGATIVE += ("radius", "generated_weight", "warmup", "ramp", "noise")
 _RANGES = (
   *((name, lambda x: x >= 1, "to 1 or more") for name in _POSITIVE),
-  *((name, lambda x: x >= 0, "to 0 or more") for name in _WEIGHTS),
+  *((name, lambda x: x >= 0, "to 0 or more") for name in _NOT_NEGATIVE),
   ("num_generated", lambda x: 1 <= x <= memory.ROW_MULTIPLE, "from 1 to 128"),
-  ("noise", lambda x: x >= 0, "to 0 or more"),
-  ("generated_weight", lambda x: x >= 0, "to 0 or more"),
   ("learning_rate", lambda x: x > 0, "above 0"),
-  ("radius", lambda x: x >= 0, "to 0 or more"),
   ("interpolation", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
 )
 
@@ -156,7 +156,13 @@ def make(**hyperparameters) -> Method:
   """The reconstruction of HNGN with these `Hyperparameters`."""
   hp = Hyperparameters(**hyperparameters)
   name = hp.base["name"]
-  options = methods.defaults(name) | dict(hp.base)
+  known = methods.defaults(name)
+  for key in hp.base.keys() - known.keys() - {"name"}:
+    raise UserError(
+      f"method.base.{key} is no hyper-parameter of {name}: leave it out, or "
+      f"choose {name} by --config=configs/hngn.py:DATASET,{name}"
+    )
+  options = known | dict(hp.base)
   hp = dataclasses.replace(hp, base=options)
   try:
     base = methods.make(**options)
@@ -172,24 +178,25 @@ def make(**hyperparameters) -> Method:
     loss=bind(loss, hp, base),
     update=bind(update, hp, base),
     distance=base.distance,
-    report=report,
+    report=bind(report, hp),
   )
 
 
 def init(hp: Hyperparameters, base: Method, key, features) -> State:
   """The wrapped method's state, and a new generator, for features [n, d]."""
-  base_key, network_key, key = jax.random.split(key, 3)
+  # The wrapped method gets the key that it would get alone.
+  network_key, phase_key = jax.random.split(jax.random.fold_in(key, 1))
   params = opt_state = {}
   if hp.generator == "learned":
-    d = features.shape[1]
+    _, d = methods.size_of(features)
     examples = jnp.zeros((1, d)), jnp.zeros((1, 1, d)), network_key
     params = _network(hp).init(network_key, *examples)["params"]
     opt_state = _optimizer(hp).init(params)
   return State(
-    base=base.init(base_key, features),
+    base=base.init(key, features),
     generator=GeneratorState(params, opt_state),
     step=jnp.zeros((), jnp.int32),
-    key=jax.random.key_data(key),
+    key=jax.random.key_data(phase_key),
     sums=_no_sums(),
   )
 
@@ -239,7 +246,7 @@ def loss(hp: Hyperparameters, base: Method, state, features, batch: Batch, key):
   value, metrics = base.loss(*rest, negatives=logits)
   plain, _ = base.loss(*rest)
   figures = hard_negatives.figures(near, generated, taken_for)
-  figures["loss_share"] = 1 - plain / jnp.maximum(value, 1e-12)
+  figures["loss_share"] = (value - plain) / jnp.maximum(value, 1e-12)
   return value, metrics | lax.stop_gradient(figures)
 
 
@@ -264,7 +271,9 @@ def update(hp: Hyperparameters, base: Method, state, features, batch, key):
   )
 
 
-def report(state: State) -> tuple[dict[str, float], tuple[str, ...]]:
+def report(
+  hp: Hyperparameters, state: State
+) -> tuple[dict[str, float], tuple[str, ...]]:
   """An epoch's means of the figures, and a warning of a collapse."""
   sums = {name: float(x) for name, x in jax.device_get(state.sums).items()}
   steps = sums.pop("steps")
@@ -279,11 +288,14 @@ def report(state: State) -> tuple[dict[str, float], tuple[str, ...]]:
     f"{100 * mean['as_own']:.0f} % for the anchor's; "
     f"{100 * mean['loss_share']:.0f} % of the loss is theirs",
   )
+  remedy = "lower method.interpolation"
+  if hp.generator == "learned":
+    remedy = "raise method.identity_weight, or set method.radius to .5"
   if mean["as_own"] > _COLLAPSED:
     notes += (
-      "warning: the generator collapses onto the anchors; what is taken for "
+      "warning: the negatives collapse onto the anchors; what is taken for "
       "their own cluster is left out of the loss, which leaves little to learn "
-      "from: raise method.identity_weight, or set method.radius to .5",
+      f"from: {remedy}",
     )
   return mean, notes
 
@@ -305,6 +317,11 @@ def propose(hp: Hyperparameters, state: State, features, labels, key):
 
 def generate(hp: Hyperparameters, state: State, anchors, proxies, key):
   """Generated negatives [b, m, d]; see `models.generator`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and len(anchors) % mesh.size == 0:
+    # Each device moves the proxies of its own anchors.
+    split = sharding.constrain_rows
+    anchors, proxies = split(anchors), split(proxies)
   if hp.generator == "learned":
     variables = {"params": state.generator.params}
     return _network(hp).apply(variables, anchors, proxies, key)

@@ -113,6 +113,11 @@ def make(**hyperparameters) -> Method:
 def init(key, features) -> State:
   """Empty banks for these features, "global" [n, d] and "local" [n, s, e]."""
   del key
+  if not isinstance(features, dict):
+    raise UserError(
+      "selective takes features of the stripes of an image too: set "
+      'encoder.head to "stripes"'
+    )
   dim, local_dim = features["global"].shape[1], features["local"].shape[1:]
   if dim != np.prod(local_dim):
     raise UserError(

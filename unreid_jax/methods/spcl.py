@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
 from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, euclidean_distance
+from unreid_jax.methods import Batch, Method, euclidean_distance, size_of
 from unreid_jax.pseudo_labels.clustering import Clustering, Labelling
 from unreid_jax.pseudo_labels.self_paced import check_gap, cluster_at, refine
 
@@ -85,7 +85,7 @@ def init(key, features) -> State:
 
 def empty(features) -> dict[str, Array]:
   """The fields of a state that are about rows and classes."""
-  bank = memory.create(jnp.zeros(features.shape))
+  bank = memory.create(jnp.zeros(size_of(features)))
   return {
     "bank": bank,
     "labels": jnp.full(len(bank), -1, jnp.int32),
