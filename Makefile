@@ -11,7 +11,7 @@ demo: $(BIN)/.installed
 	$(BIN)/python run.py --config=configs/selective.py
 
 test: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
