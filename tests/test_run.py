@@ -51,7 +51,11 @@ ROOT = pathlib.Path(__file__).parent.parent
       "error: method.base.update is no hyper-parameter of hhcl: leave it ou",
     ),
     (
-      ["--config=configs/hhcl.py", "--config.encoder.head=stripes"],
+      [
+        "--config=configs/hhcl.py",
+        "--config.encoder.head=stripes",
+        "--config.encoder.num_stripes=4",
+      ],
       "error: this method takes one feature an image, and encoder.head ",
     ),
     (["--config.evaluate_every=never"], 'error: evaluate_every="never" is no'),
