@@ -15,7 +15,8 @@ Its parts, one by one:
   --config.method.debias=none         or estimator, instead of the mask
   --config.method.beta=0              no weights of hard negatives
   --config.method.instance_weight=0   no instance term
-  --config.method.recluster=features  clusters of freshly extracted features
+  --config.method.recluster=features  clusters of freshly extracted features, as
+                                      in the small configs; or memory
 
 We have not run it on real data; it would need ImageNet weights as well:
 --config.encoder.pretrained=resnet50.pth.

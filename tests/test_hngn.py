@@ -489,6 +489,14 @@ def test_nothing_is_left_at_inference():
   assert counts[0] == counts[1]
 
 
+def test_half_an_epoch_is_a_step_at_least():
+  config = importlib.import_module("configs.hngn").get_config()
+  config.method.generator_steps = "0.5 epochs"
+  for steps_per_epoch, expected in ((1, 1), (10, 5)):
+    resolved = resolve(config, steps_per_epoch)
+    assert resolved.method.generator_steps == expected
+
+
 def test_bad_values():
   for changes, text in (
     ({"generator": "gan"}, 'method.generator is "gan": set it to "learned" or'),
