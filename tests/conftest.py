@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and every annotation checked, in all tests."""
+"""Eight virtual CPU devices and JAX at its strictest, in all tests."""
 
 import os
 import pathlib
@@ -6,9 +6,12 @@ import re
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0"  # compiles in half the time
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),  # such as --xla_cpu_max_isa=AVX2
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",  # compiles in half the time
+  ]
 )
 # Many tests compile the same step, and several processes share it.
 os.environ.setdefault(
@@ -16,10 +19,13 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
 
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 jaxtyping.install_import_hook("unreid_jax", "beartype.beartype")
 
 

@@ -1,8 +1,21 @@
 """Unsupervised person re-identification in JAX: one config, one number."""
 
+from typing import Any
+
+__version__ = "0.2.0"
+
 
 class UserError(ValueError):
   """A user's mistake, in one line: what is wrong, where, what to do next.
 
   `run.py` prints the line and exits with status 2, without a traceback.
   """
+
+
+def __getattr__(name: str) -> Any:
+  """`unreid_jax.load_encoder`, imported when it is first asked for."""
+  if name == "load_encoder":
+    from unreid_jax.encode import load_encoder
+
+    return load_encoder
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
