@@ -47,8 +47,8 @@ def memory_mb(field: str) -> float:
   return int(status.split(field + ":")[1].split()[0]) / 1024
 
 
-def measured(function, *arguments):
-  """The result, the seconds and the peak of extra memory in MB."""
+def measured(function, *arguments) -> tuple:
+  """Returns the result, the seconds and the peak of extra memory in MB."""
   ctypes.CDLL(None).malloc_trim(0)  # give freed memory back
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
   before, start = memory_mb("VmRSS"), time.perf_counter()
@@ -57,18 +57,18 @@ def measured(function, *arguments):
   return result, seconds, memory_mb("VmHWM") - before
 
 
-def alone(function, *arguments):
-  """Runs in a process of its own."""
+def alone(function, *arguments) -> tuple:
+  """Runs the function in a process of its own."""
   with multiprocessing.get_context("spawn").Pool(1) as pool:
     return pool.apply(function, arguments)
 
 
-def search_ours(n, d):
+def search_ours(n, d) -> tuple:
   found, *cost = measured(neighbors, make_features(n, d), K1)
   return cost, found, memory_mb("VmHWM")
 
 
-def cluster_ours(n, d, distances, indices):
+def cluster_ours(n, d, distances, indices) -> tuple:
   small = make_features(300, d)
   jaccard_from_neighbors(small, *neighbors(small, K1), K2, EPS)  # compiles
   x, found = make_features(n, d), (distances, indices)
@@ -78,7 +78,7 @@ def cluster_ours(n, d, distances, indices):
   return costs, labels, jaccard.nnz / n, memory_mb("VmHWM")
 
 
-def cluster_dense(n, d, distances, indices):
+def cluster_dense(n, d, distances, indices) -> tuple:
   x = make_features(n, d)
   jaccard, *jaccard_cost = measured(dense_jaccard, x, indices)
   model = DBSCAN(eps=EPS, min_samples=MIN_SAMPLES, metric="precomputed")
@@ -86,13 +86,13 @@ def cluster_dense(n, d, distances, indices):
   return (jaccard_cost, dbscan_cost), labels, np.mean(jaccard < 1) * n
 
 
-def reciprocal(rank, i, num):
+def reciprocal(rank, i, num) -> np.ndarray:
   near = rank[i, :num]
   return near[(rank[near, :num] == i).any(axis=1)]
 
 
-def dense_encoding(rank, k1, weigh):
-  """V before the average; `weigh(i, members)` are unscaled weights."""
+def dense_encoding(rank, k1, weigh) -> np.ndarray:
+  """V before the average; `weigh(i, members)` gives unscaled weights."""
   n = len(rank)
   half = round(k1 / 2) + 1
   nearer = [reciprocal(rank, i, half) for i in range(n)]
@@ -110,7 +110,7 @@ def dense_encoding(rank, k1, weigh):
   return encoding
 
 
-def dense_distances(encoding, rank, num_rows):
+def dense_distances(encoding, rank, num_rows) -> np.ndarray:
   average = np.zeros_like(encoding)
   for i, row in enumerate(rank):
     average[i] = encoding[row[:K2]].mean(axis=0)
@@ -126,12 +126,12 @@ def dense_distances(encoding, rank, num_rows):
   return np.maximum(out, 0, out=out)
 
 
-def dense_jaccard(x, rank):
+def dense_jaccard(x, rank) -> np.ndarray:
   weigh = lambda i, members: np.exp(2 * x[members] @ x[i] - 2)
   return dense_distances(dense_encoding(rank, K1, weigh), rank, len(x))
 
 
-def rerank_ours(q, g, d):
+def rerank_ours(q, g, d) -> tuple:
   small = make_features(300, d)
   rerank(small[:50], small[50:])
   x = make_features(q + g, d)
@@ -140,7 +140,7 @@ def rerank_ours(q, g, d):
   return cost, out[::97], search_seconds
 
 
-def rerank_dense(q, g, d):
+def rerank_dense(q, g, d) -> tuple:
   x = make_features(q + g, d)
   products, *product_cost = measured(lambda: 2 - 2 * x @ x.T)
   out, *cost = measured(dense_rerank, products, q)
@@ -148,7 +148,7 @@ def rerank_dense(q, g, d):
   return cost, out[::97], product_cost[0]
 
 
-def dense_rerank(squared, q, k1=20, weight=0.3):
+def dense_rerank(squared, q, k1=20, weight=0.3) -> np.ndarray:
   original = np.square(squared)
   original = (original / original.max(axis=0)).T
   rank = np.argsort(original)[:, : k1 + 1].copy()
@@ -157,7 +157,7 @@ def dense_rerank(squared, q, k1=20, weight=0.3):
   return (1 - weight) * jaccard[:, q:] + weight * original[:q, q:]
 
 
-def compare_clustering(sizes, d):
+def compare_clustering(sizes, d) -> None:
   print(f"k1={K1}, k2={K2}, eps={EPS}, d={d}; s and MB of extra memory")
   names = "jaccard", "dbscan"
   header = f"{'n':>7}{'search':>8}"
@@ -186,7 +186,7 @@ def compare_clustering(sizes, d):
     print(f"Jaccard grows as n^{ours:.2f}, the dense one as n^{dense:.2f}")
 
 
-def large_alone(n, d):
+def large_alone(n, d) -> None:
   search_cost, found, search_peak = alone(search_ours, n, d)
   costs, labels, entries, peak = alone(cluster_ours, n, d, *found)
   costs = search_cost, *costs
@@ -200,7 +200,7 @@ def large_alone(n, d):
   )
 
 
-def compare_reranking(q, g, d):
+def compare_reranking(q, g, d) -> None:
   cost, out, search_seconds = alone(rerank_ours, q, g, d)
   dense, want, products = alone(rerank_dense, q, g, d)
   print(f"re-ranking {q} x {g}, d={d}")

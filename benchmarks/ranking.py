@@ -46,7 +46,9 @@ def argsort_alone(distances: np.ndarray, *_: np.ndarray) -> None:
   np.argsort(distances, axis=1)
 
 
-def straightforward(distances, q_pids, g_pids, q_camids, g_camids):
+def straightforward(
+  distances, q_pids, g_pids, q_camids, g_camids
+) -> np.ndarray:
   """Sorts all rows, then scores one query after the other."""
   order = np.argsort(distances, axis=1)
   precisions, first = [], []

@@ -32,6 +32,6 @@ def get_config(arguments: str = "synthetic,small"):
   config = default.get_config("cluster_contrast", dataset)
   config.encoder.pooling = "gem"
   if small:
-    return default.small_clusters(config)
+    return default.small_clusters(config, **default.SMALL_CLUSTERING)
   steps = 400 if dataset == "msmt17" else 200
   return default.published_clusters(config, steps)

@@ -103,22 +103,18 @@ def published_clusters(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
   return config
 
 
-def small_clusters(config: ConfigDict) -> ConfigDict:
-  """`small` for the cluster methods.
+# From random weights a feature shows its camera, and its clusters are worth
+# nothing: hence some epochs of instance discrimination before the first ones,
+# and features that are centred by camera for the clustering.
+SMALL_CLUSTERING = {"eps": 0.5, "center_cameras": True, "instance_epochs": 10}
 
-  From random weights a feature shows its camera, and its clusters are worth
-  nothing: hence some epochs of instance discrimination before the first ones,
-  and features that are centred by camera for the clustering.
-  """
+
+def small_clusters(config: ConfigDict, **hyperparameters) -> ConfigDict:
+  """`small` for the cluster methods, with some of the method's own values."""
   config = small(config)
   config.epochs = 60
   config.sampler.num_instances = 4
   config.optim.lr = 1e-3
   config.optim.milestones = ("45 epochs",)
-  if "eps" in config.method:
-    config.method.eps = 0.5
-    config.method.center_cameras = True
-    config.method.instance_epochs = 10
-  if "recluster" in config.method:
-    config.method.recluster = "features"  # the memory's are worse here
+  config.method.update_from_flattened_dict(hyperparameters)
   return config

@@ -25,8 +25,8 @@ def get_config(arguments: str = "synthetic,small"):
   dataset, small = default.parse(arguments)
   config = default.get_config("hhcl", dataset)
   if small:
-    config.method.num_instances = 4
-    return default.small_clusters(config)
+    small_clustering = default.SMALL_CLUSTERING | {"num_instances": 4}
+    return default.small_clusters(config, **small_clustering)
   config.method.eps = _EPS.get(dataset, 0.6)
   config.epochs = 60
   steps = 300 if dataset == "msmt17" else 200

@@ -25,21 +25,28 @@ We have not run it on real data; it would need ImageNet weights as well:
 --config.encoder.pretrained=resnet50.pth.
 """
 
+import importlib
+import importlib.util
+
 from ml_collections import ConfigDict
 
-from configs import cluster_contrast, default, hhcl, supervised
+from configs import default
 from unreid_jax import methods
-
-_OTHERS = {"hhcl": hhcl, "supervised": supervised}
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET" or "DATASET,small", with ",hhcl" over HHCL."""
+  """The config for "DATASET" or "DATASET,small", with ",METHOD" over another.
+
+  METHOD is any config whose method can be wrapped, such as hhcl.
+  """
   rest, _, over = arguments.rpartition(",")
-  arguments = rest if over in _OTHERS else arguments
-  config = _OTHERS.get(over, cluster_contrast).get_config(arguments)
+  is_default = not rest or not importlib.util.find_spec(f"configs.{over}")
+  base, arguments = (
+    ("cluster_contrast", arguments) if is_default else (over, rest)
+  )
+  config = importlib.import_module(f"configs.{base}").get_config(arguments)
   _, is_small = default.parse(arguments)
-  if not is_small and over not in _OTHERS:
+  if not is_small and is_default:
     _like_ise(config)
   method = {"name": "hngn"} | methods.defaults("hngn")
   method["base"] = config.method.to_dict()

@@ -58,3 +58,13 @@ def collective_sizes():
     return [np.prod([int(n) for n in x.split(",") if n]) for x in arrays]
 
   return read
+
+
+@pytest.fixture
+def float64():
+  """Double precision, in which no rounding turns the sign of a ReLU's input.
+
+  What differs in it between two numbers of devices differs for a reason.
+  """
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    yield

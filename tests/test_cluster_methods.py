@@ -4,30 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import KEY, gives, make_batch, make_split, run_step
 
 from unreid_jax import UserError, losses, memory, methods
-from unreid_jax.methods import Batch, cluster_contrast, hhcl
+from unreid_jax.methods import cluster_contrast, hhcl
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 GRADIENT = {"rtol": 1e-5, "atol": 1e-5}  # of similarities / .05
 
 
-def make_batch(targets):
-  targets = jnp.asarray(targets, jnp.int32)
-  images = jnp.zeros((len(targets), 1, 1, 3), jnp.uint8)
-  return Batch(images, targets, targets, targets % 3)
+def batch_of(targets):
+  return make_batch(targets, targets)
 
 
 def check(method, state, golden, bank_after):
-  """Loss, gradient and bank after the update, in the golden's layout."""
-  features, batch = jnp.asarray(golden["inputs"]), make_batch(golden["targets"])
-  key = jax.random.key(0)
-  grad = jax.value_and_grad(method.loss, 1, has_aux=True)
-  (loss, _), slope = jax.jit(grad)(state, features, batch, key)
-  np.testing.assert_allclose(loss, golden["loss_f64"], **TOLERANCE)
-  np.testing.assert_allclose(slope, golden["grad_inputs"], **GRADIENT)
-  state = jax.jit(method.update)(state, features, batch, key)
-  after = np.concatenate(bank_after(state))
+  """Loss, gradient and bank after the step, in the golden's layout."""
+  batch = batch_of(golden["targets"])
+  found = run_step(method, state, golden["inputs"], batch)
+  np.testing.assert_allclose(found.loss, golden["loss_f64"], **TOLERANCE)
+  np.testing.assert_allclose(found.slope, golden["grad_inputs"], **GRADIENT)
+  after = np.concatenate(bank_after(found.state))
   np.testing.assert_allclose(after, golden["bank_after"], **TOLERANCE)
 
 
@@ -41,7 +37,7 @@ def test_cluster_contrast_golden(golden, name, update, ragged):
   method = methods.make("cluster_contrast", update=update, momentum=momentum)
   num = len(z["bank_before"])
   bank = memory.create(jnp.asarray(z["bank_before"]))
-  state = cluster_contrast.State(bank, jnp.array(num), jnp.array(0))
+  state = cluster_contrast.State(bank, jnp.array(num))
   check(method, state, z, lambda state: [state.centroids[:num]])
 
 
@@ -57,15 +53,13 @@ def test_hhcl_single_row_golden(golden, mode, suffix):
   write = {"CM": memory.write, "CMhard": memory.write_hardest}[mode]
   smoothing = 0.1 if "smooth" in suffix else 0.0
 
-  def loss(bank, features, batch, key):
+  def step(bank, features, batch, key):
     logits = memory.similarities(bank, features) / 0.05
     targets = batch.labels
-    return losses.cross_entropy(logits, targets, jnp.array(num), smoothing), {}
+    loss = losses.cross_entropy(logits, targets, jnp.array(num), smoothing)
+    return loss, (write(bank, targets, features, 0.1), {})
 
-  def update(bank, features, batch, key):
-    return write(bank, batch.labels, features, 0.1)
-
-  method = methods.make("cluster_contrast")._replace(loss=loss, update=update)
+  method = methods.make("cluster_contrast")._replace(step=step)
   bank = memory.create(jnp.asarray(z["bank_before"]))
   check(method, bank, z, lambda bank: [bank[:num]])
 
@@ -112,8 +106,7 @@ def _split(z, parts):
 
 
 def hhcl_state(centroids, hard, num):
-  key = jax.random.key_data(jax.random.key(0))
-  return hhcl.State(centroids, hard, jnp.array(num), key, jnp.array(0))
+  return hhcl.State(centroids, hard, jnp.array(num))
 
 
 def test_hhcl_weights():
@@ -124,10 +117,10 @@ def test_hhcl_weights():
     for _ in range(3)
   )
   state = hhcl_state(memory.create(mean), memory.create(hard), 8)
-  batch = make_batch(np.arange(8))
+  batch = batch_of(np.arange(8))
   for name, rest in (("code", 0.25), ("convex", 0.5)):
     method = methods.make("hhcl", loss_weights=name)
-    loss, parts = method.loss(state, features, batch, None)
+    loss, parts, *_ = run_step(method, state, features, batch)
     assert parts["loss_hard"] != parts["loss_mean"]
     expected = 0.5 * parts["loss_hard"] + rest * parts["loss_mean"]
     np.testing.assert_allclose(loss, expected, 1e-6)
@@ -138,7 +131,7 @@ def test_centroids_golden(golden):
   method = methods.make("cluster_contrast")
   state = method.init(None, jax.ShapeDtypeStruct((120, 24), jnp.float32))
   labels = z["labels"].astype(np.int32)
-  state = jax.jit(method.refresh)(state, z["features"], labels, labels)
+  state = jax.jit(method.refresh)(state, labels, z["features"], KEY)
   num = int(state.num_clusters)
   np.testing.assert_allclose(state.centroids[:num], z["bank"], 1e-5, 2e-6)
   assert not np.any(state.centroids[num:])
@@ -151,8 +144,9 @@ def test_hhcl_first_instances():
   features = np.eye(10, dtype=np.float32)
   state = method.init(jax.random.key(0), jax.eval_shape(lambda: features))
   refresh, drawn = jax.jit(method.refresh), []
-  for _ in range(20):
-    state = refresh(state, features, labels, labels)
+  for epoch in range(20):
+    key = jax.random.fold_in(KEY, epoch)
+    state = refresh(state, labels, features, key)
     drawn.append(np.asarray(state.hard[:3].argmax(axis=-1)))
     assert np.all(np.asarray(state.hard[:3]).sum(axis=-1) == 1)
     assert not np.any(state.hard[3:])
@@ -169,7 +163,7 @@ def test_instances_beyond_the_memory_are_dropped():
   blocks = memory.create(eye[:4].reshape(2, 2, 6))
   state = hhcl_state(memory.create(eye[:2]), blocks, 2)
   features = eye[jnp.array([4, 5, 3])]
-  state = method.update(state, features, make_batch([0, 0, 0]), None)
+  state = run_step(method, state, features, batch_of([0, 0, 0])).state
   np.testing.assert_allclose(state.hard[:2], [eye[4:6], eye[2:4]])
 
 
@@ -206,7 +200,7 @@ def test_bad_values():
     ("supervised", "momentum", 1.5),
     ("hhcl", "num_instances", 0),
   ):
-    with pytest.raises(UserError, match=f"method.{key} is .*{value}.*: set it"):
+    with pytest.raises(UserError, match=f"^{key} is .*{value}.*: set it to"):
       methods.make(name, **{key: value})
 
 
@@ -214,7 +208,9 @@ def test_supervised_labels():
   """Identities in ascending order, junk left out, and nobody else sees them."""
   method = methods.make("supervised")
   pids = np.array([7, -1, 3, 7, 3, 9, 9], np.int32)
-  labelling = method.label(None, None, np.zeros(7, int), pids)
-  np.testing.assert_array_equal(labelling.labels, [1, -1, 0, 1, 0, 2, 2])
+  split = make_split(np.zeros(7, int), pids)
+  found = method.label(None, gives("features"), split, 0)
+  np.testing.assert_array_equal(found.values, [1, -1, 0, 1, 0, 2, 2])
+  assert found.given == "features"
   with pytest.raises(UserError, match="no identities"):
-    method.label(None, None, np.zeros(7, int), np.full(7, -1))
+    method.label(None, gives(None), make_split(np.zeros(7, int)), 0)

@@ -1,12 +1,14 @@
 """From features to an epoch's labels, also where there is nothing to find."""
 
+import dataclasses
 import itertools
-import re
+import sys
 
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from unreid_jax import UserError
 from unreid_jax.pseudo_labels import jaccard
 from unreid_jax.pseudo_labels.clustering import (
   Clustering,
@@ -15,6 +17,7 @@ from unreid_jax.pseudo_labels.clustering import (
   describe,
   keep_largest,
 )
+from unreid_jax.pseudo_labels.self_paced import check_gap
 
 HP = Clustering(k1=8, k2=3)
 
@@ -28,74 +31,92 @@ def make_features(num_groups, size, noise, seed=0):
 
 
 def test_finds_the_groups():
-  labelling = cluster(HP, *make_features(6, 10, 0.1), epoch=0)
-  np.testing.assert_array_equal(labelling.labels, np.arange(60) // 10)
-  assert labelling.scalars == {"eps": 0.6} and labelling.notes == ()
-  assert set(labelling.seconds) == {"neighbors", "jaccard", "dbscan"}
+  found = cluster(HP, *make_features(6, 10, 0.1))
+  np.testing.assert_array_equal(found.labels, [np.arange(60) // 10])
+  assert found.eps == 0.6 and found.notes == ()
+  assert set(found.seconds) == {"neighbors", "jaccard", "dbscan"}
+
+
+@pytest.mark.parametrize("name", ["dbscan", "infomap"])
+def test_each_gap_is_its_eps_alone(name):
+  if name == "infomap":
+    pytest.importorskip("infomap")
+  features, camids = make_features(12, 6, 1.0)
+  hp = Clustering(clustering=name, k1=8, k2=2, min_samples=2, eps=0.5)
+  several = cluster(hp, features, camids, gaps=(0.0, -0.2, 0.2)).labels
+  looser = 1 if name == "dbscan" else -1
+  for gap, labels in zip((0.0, -0.2, 0.2), several, strict=True):
+    alone = dataclasses.replace(hp, eps=hp.eps + looser * gap)
+    alone = cluster(alone, features, camids).labels
+    np.testing.assert_array_equal(labels, alone[0])
+  outliers = [np.sum(labels < 0) for labels in several]
+  assert outliers[1] > outliers[0] > outliers[2]
 
 
 def test_no_cluster_loosens_eps():
   """At eps .05 these images are all outliers."""
   features, camids = make_features(6, 10, 0.8)
   hp = Clustering(k1=8, k2=1, eps=0.05)
-  labelling = cluster(hp, features, camids, epoch=0)
-  assert labelling.labels.max() >= 1
-  eps = labelling.scalars["eps"]
-  assert 0.05 < eps <= 0.9
-  note = f"eps 0.05 makes 0 cluster(s); this epoch has eps {eps}"
-  assert labelling.notes == (note,)
+  found = cluster(hp, features, camids)
+  assert found.labels[0].max() >= 1 and 0.05 < found.eps <= 0.9
+  note = f"eps 0.05 makes 0 cluster(s); this epoch has eps {found.eps}"
+  assert found.notes == (note,)
+  found = cluster(hp, features, camids, outliers_are_classes=True)
+  assert found.labels[0].max() == -1 and found.eps == 0.05 and not found.notes
 
 
-def test_one_giant_cluster_tightens_eps():
+@pytest.mark.parametrize("outliers_are_classes", [False, True])
+def test_one_giant_cluster_tightens_eps(outliers_are_classes):
   """One noisy group: at eps .95 everybody is everybody's neighbour."""
   features, camids = make_features(1, 60, 1.0)
   hp = Clustering(k1=12, k2=6, eps=0.95)
-  labelling = cluster(hp, features, camids, epoch=0)
-  assert labelling.labels.max() >= 1 and labelling.scalars["eps"] < 0.95
-  assert labelling.notes[0].startswith("eps 0.95 makes 1 cluster(s); this")
+  gaps = 0.0, -0.02, 0.02
+  found = cluster(hp, features, camids, gaps, outliers_are_classes)
+  labels, tight, loose = found.labels
+  assert np.sum(tight < 0) >= np.sum(labels < 0) >= np.sum(loose < 0)
+  assert labels.max() >= 1 and found.eps < 0.95
+  assert found.notes[0].startswith("eps 0.95 makes 1 cluster(s); this")
 
 
 @pytest.mark.parametrize("most", [2**29, 100])
-def test_constant_features(monkeypatch, most):
+@pytest.mark.parametrize("gaps", [(0.0,), (0.0, -0.02, 0.02)])
+@pytest.mark.parametrize("name", ["dbscan", "infomap"])
+@pytest.mark.parametrize("outliers_are_classes", [False, True])
+def test_constant_features(monkeypatch, most, gaps, name, outliers_are_classes):
   """One cluster at any eps, also where the pairs do not fit in memory."""
+  if name == "infomap":
+    pytest.importorskip("infomap")
   monkeypatch.setattr(jaccard, "_MAX_ENTRIES", most)
-  features = np.ones((40, 16), np.float32) / 4
-  labelling = cluster(HP, features, np.zeros(40, int), epoch=0)
-  assert labelling.labels.max() < 1
-  note = "eps 0.6 makes 1 cluster(s); no other eps makes two"
-  assert labelling.notes == (note,)
+  features, camids = np.ones((40, 16), np.float32) / 4, np.zeros(40, int)
+  hp = Clustering(clustering=name, k1=8, k2=3)
+  found = cluster(hp, features, camids, gaps, outliers_are_classes)
+  assert [labels.max() < 1 for labels in found.labels] == [True] * len(gaps)
+  end = "no other eps makes two"
+  if outliers_are_classes and name == "dbscan":  # most are outliers at last
+    end = f"this epoch has eps {found.eps}"
+    assert np.mean(found.labels[0] < 0) > 0.5 and found.eps < 0.6
+  assert found.notes == (f"eps 0.6 makes 1 cluster(s); {end}",)
+
+
+def test_bad_values(monkeypatch):
+  with pytest.raises(UserError, match="k1 is 1: set it to a whole number of 2"):
+    Clustering(k1=1)
+  monkeypatch.setitem(sys.modules, "infomap", None)
+  with pytest.raises(UserError, match=r"requirements-infomap\.txt"):
+    Clustering(clustering="infomap")
+  check_gap("method.eps_gap", 0.5, 0.4)
+  for gap in (-0.1, 0.5):
+    with pytest.raises(UserError, match=f"^method.eps_gap is {gap}: set it"):
+      check_gap("method.eps_gap", 0.5, gap)
 
 
 def test_eps_is_taken_as_it_is():
-  features, camids = make_features(6, 10, 0.1)
-  labelling = cluster(Clustering(k1=8, k2=3, eps=2 / 3), features, camids, 0)
-  assert labelling.scalars == {"eps": 2 / 3} and labelling.notes == ()
-
-
-def test_more_clusters_than_half_the_images():
-  rng = np.random.default_rng(0)
-  features = rng.standard_normal((60, 16)).astype(np.float32)
-  hp = Clustering(k1=8, k2=1, eps=0.1, min_samples=1)
-  labelling = cluster(hp, features, np.zeros(60, int), epoch=0)
-  assert labelling.labels.max() == 29
-  assert re.fullmatch(
-    r"the 30 largest of \d+ clusters are k.*", *labelling.notes
-  )
+  found = cluster(Clustering(k1=8, k2=3, eps=2 / 3), *make_features(6, 10, 0.1))
+  assert found.eps == 2 / 3 and found.notes == ()
 
 
 def test_fewer_images_than_neighbours():
-  features, camids = make_features(2, 6, 0.05)
-  labels = cluster(Clustering(), features, camids, epoch=0).labels
-  assert labels.shape == (12,)
-
-
-def test_instance_epochs():
-  features, camids = make_features(2, 6, 0.05)
-  hp = Clustering(instance_epochs=2)
-  for epoch in (0, 1):
-    labels = cluster(hp, features, camids, epoch).labels
-    np.testing.assert_array_equal(labels, np.arange(12))
-  assert len(set(cluster(hp, features, camids, 2).labels)) < 12
+  assert cluster(Clustering(), *make_features(2, 6, 0.05)).labels[0].size == 12
 
 
 def test_center_by_camera():
@@ -105,9 +126,9 @@ def test_center_by_camera():
   shifted = features + 3 * shift[camids].astype(np.float32)
   shifted /= np.linalg.norm(shifted, axis=1, keepdims=True)
   true = np.arange(60) // 10
-  plain = cluster(HP, shifted, camids, epoch=0).labels
+  plain = cluster(HP, shifted, camids).labels[0]
   hp = Clustering(k1=8, k2=3, center_cameras=True)
-  centered = cluster(hp, shifted, camids, epoch=0).labels
+  centered = cluster(hp, shifted, camids).labels[0]
   assert adjusted_rand_score(true, plain) < 0.7
   assert adjusted_rand_score(true, centered) > 0.9
   unit = np.linalg.norm(center_by_camera(shifted, camids), axis=1)
@@ -116,9 +137,10 @@ def test_center_by_camera():
 
 def test_keep_largest():
   labels = np.array([0, 1, 1, 2, 3, 3, 3, -1, 4, 4])
-  kept = keep_largest(labels, 3)
+  kept, notes = keep_largest(labels, 3)
   np.testing.assert_array_equal(kept, [-1, 0, 0, -1, 1, 1, 1, -1, 2, 2])
-  assert keep_largest(labels, 5) is labels
+  assert notes == ("the 3 largest of 5 clusters are kept",)
+  assert keep_largest(labels, 5) == (labels, ())
 
 
 @pytest.mark.parametrize("outliers", [False, True])

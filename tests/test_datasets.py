@@ -179,6 +179,15 @@ def test_duke_is_said_to_be_withdrawn(tmp_path, caplog):
   assert "withdrew" in caplog.text
 
 
+def test_only_the_splits_asked_for(tmp_path):
+  make_market(tmp_path / "root")
+  train = tmp_path / "root" / "bounding_box_train" / "0002_c1s1_000451_03.jpg"
+  train.write_bytes(b"not looked at")
+  dataset = load("market1501", tmp_path / "root", splits=("query",))
+  assert rows(dataset.query) == [("0001_c4s6_1_00.jpg", 1, 4)]
+  assert dataset.train is None and dataset.gallery is None
+
+
 def test_prepared_anew_when_the_source_changes(tmp_path, monkeypatch):
   make_market(tmp_path / "root")
   load("market1501", tmp_path / "root")
@@ -197,14 +206,15 @@ def test_killed_while_preparing(tmp_path):
   make_market(tmp_path / "root")
   script = f"""
     import os, signal
-    from unreid_jax import data
-    def track(items, description, total):
+    from unreid_jax import data, progress
+    def track(items, description, *_):
       for item in items:
         yield item
         if description == "read gallery":
           os.kill(os.getpid(), signal.SIGKILL)
-    data.load("market1501", root={str(tmp_path / "root")!r}, height=16, width=8,
-              cache_dir={str(tmp_path / "cache")!r}, track=track)
+    with progress.shown_by(track):
+      data.load("market1501", root={str(tmp_path / "root")!r}, height=16,
+                width=8, cache_dir={str(tmp_path / "cache")!r})
   """
   command = [sys.executable, "-c", textwrap.dedent(script)]
   assert subprocess.run(command, check=False).returncode == -9

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import KEY, gives, make_batch, make_split, run_step, step_of
 
-from unreid_jax import UserError, memory, methods, sharding
-from unreid_jax.methods import Batch, dhcl_hnm
+from unreid_jax import UserError, memory, methods
+from unreid_jax.methods import dhcl_hnm
 from unreid_jax.pseudo_labels import false_negatives
-from unreid_jax.pseudo_labels.self_paced import cluster_at, outliers_alone
+from unreid_jax.pseudo_labels.clustering import cluster
+from unreid_jax.pseudo_labels.self_paced import outliers_alone
 
-KEY = jax.random.key(0)
 N, D, B = 90, 12, 10
 DEBIAS = ("mask", "estimator", "none")
 
@@ -40,37 +41,27 @@ class Case:
     rows = rng.permutation(N)[:B]
     self.features += 1.5 * self.bank[rows]  # as near as in a training
     self.features /= np.linalg.norm(self.features, axis=1, keepdims=True)
-    rows = jnp.asarray(rows, jnp.int32)
-    labels = jnp.asarray(self.labels)[rows]
-    images = jnp.zeros((B, 1, 1, 3), jnp.uint8)
-    self.batch = Batch(images, rows, labels, labels)
+    self.batch = make_batch(rows, self.labels[rows])
 
   def state(self, method):
     shapes = jax.eval_shape(lambda: jnp.asarray(self.bank))
     state = method.init(KEY, shapes)
     loose = np.full(len(state.labels), -1, np.int32)
     loose[: len(self.loose)] = self.loose
-    state = state.replace(loose=loose)
-    refresh = jax.jit(method.refresh)
-    return refresh(state, self.bank, self.labels, self.labels)
+    given = {"features": self.bank, "loose": loose}
+    return jax.jit(method.refresh)(state, self.labels, given, KEY)
 
   def run(self, **hyperparameters):
     """Loss, metrics and gradient."""
-    devices = jax.sharding.get_abstract_mesh().size
-    method, grad = compiled(devices, tuple(hyperparameters.items()))
-    features = jnp.asarray(self.features)
-    (loss, metrics), slope = grad(self.state(method), features, self.batch, KEY)
-    return loss, metrics, slope
+    method, step = compiled(tuple(hyperparameters.items()))
+    return step(self.state(method), self.features, self.batch)[:3]
 
 
 @functools.lru_cache
-def compiled(devices, hyperparameters):
-  """The method and its gradient, compiled once for all tests, and quickly."""
-  del devices
+def compiled(hyperparameters):
+  """The method and its step, compiled once for all tests."""
   method = methods.make("dhcl_hnm", **dict(hyperparameters))
-  grad = jax.value_and_grad(method.loss, 1, has_aux=True)
-  options = {"xla_backend_optimization_level": 0}
-  return method, jax.jit(grad, compiler_options=options)
+  return method, jax.jit(step_of(method))
 
 
 def slow(case, hp, features=None, frozen=None):
@@ -160,15 +151,6 @@ def test_every_mode_equals_its_twin(options):
       ends.append(slow(case, hp, moved, frozen)[0])
     expected = (ends[0] - ends[1]) / 2e-5
     np.testing.assert_allclose(slope[place], expected, 2e-3, 2e-4)
-
-
-def test_one_device_equals_eight():
-  outs = []
-  for num_devices in (1, 8):
-    with jax.set_mesh(sharding.make_mesh(num_devices)):
-      outs += [jax.device_get(Case().run(num_negatives=5))]
-  for one, eight in zip(*map(jax.tree.leaves, outs), strict=True):
-    np.testing.assert_allclose(one, eight, 1e-5, 1e-5)
 
 
 def test_without_its_parts_it_is_the_softmax_over_the_proxies():
@@ -292,24 +274,25 @@ def test_labels_and_looser_clusters():
   options = {"k1": 6, "k2": 2, "min_samples": 3, "eps": 0.35}
   method = methods.make("dhcl_hnm", mask_gap=0.25, **options)
   hp = dhcl_hnm.Hyperparameters(mask_gap=0.25, **options)
-  (labels, loose), _ = cluster_at(hp, features, camids, 0.0, 0.25)
+  labels, loose = cluster(hp, features, camids, (0.0, 0.25)).labels
   state = method.init(KEY, jax.eval_shape(lambda: features))
-  labelling = method.label(state, features, camids, pids)
-  np.testing.assert_array_equal(labelling.labels, outliers_alone(labels))
-  found = labelling.state["loose"]
-  for c in set(labelling.labels):
-    values, counts = np.unique(loose[labelling.labels == c], return_counts=True)
+  split, encode = make_split(camids, pids), gives(features)
+  got = method.label(state, encode, split, 0)
+  np.testing.assert_array_equal(got.values, outliers_alone(labels))
+  found = got.given["loose"]
+  for c in set(got.values):
+    values, counts = np.unique(loose[got.values == c], return_counts=True)
     assert counts[values == found[c]] == counts.max()
-  assert np.all(found[labelling.labels.max() + 1 :] == -1)
-  assert 0 < labelling.scalars["mask_precision"] <= 1
-  assert 0 < labelling.scalars["mask_missed"] < 1
-  unknown = method.label(state, features, camids, np.full(144, -1, np.int32))
-  assert unknown.scalars == {"eps": 0.35}
+  assert np.all(found[got.values.max() + 1 :] == -1)
+  assert 0 < got.figures["mask_precision"] <= 1
+  assert 0 < got.figures["mask_missed"] < 1
+  unknown = method.label(state, encode, make_split(camids), 0)
+  assert unknown.figures == {"eps": 0.35}
   plain = methods.make("dhcl_hnm", debias="none", **options)
-  plain = plain.label(state, features, camids, pids)
-  assert np.all(plain.state["loose"] == -1)
-  assert plain.scalars["mask_missed"] == 1
-  assert "mask_precision" not in plain.scalars
+  plain = plain.label(state, encode, split, 0)
+  assert np.all(plain.given["loose"] == -1)
+  assert plain.figures["mask_missed"] == 1
+  assert "mask_precision" not in plain.figures
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -341,7 +324,7 @@ def test_report(seed):
 def test_update_moves_the_rows_of_the_images():
   case, method = Case(), methods.make("dhcl_hnm")
   state = case.state(method)
-  after = method.update(state, jnp.asarray(case.features), case.batch, KEY)
+  after = run_step(method, state, case.features, case.batch).state
   rows = np.asarray(case.batch.indices)
   expected = case.bank.copy()
   mixed = jnp.asarray(0.2 * expected[rows] + 0.8 * case.features)
@@ -351,7 +334,7 @@ def test_update_moves_the_rows_of_the_images():
 
 def test_bad_values():
   for name, value in (("debias", "all"), ("positives", "easiest")):
-    with pytest.raises(UserError, match=f'method.{name} is "{value}": set it'):
+    with pytest.raises(UserError, match=f'^{name} is "{value}": set it'):
       methods.make("dhcl_hnm", **{name: value})
-  with pytest.raises(UserError, match=r"method.tau_plus is 1.0: set it to 0"):
+  with pytest.raises(UserError, match=r"^tau_plus is 1.0: set it to a num"):
     methods.make("dhcl_hnm", tau_plus=1.0)

@@ -1,4 +1,4 @@
-"""One contract for every method: what the loop relies on."""
+"""One contract for every method, and for one that wraps another."""
 
 import importlib
 import pkgutil
@@ -7,106 +7,176 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import KEY, gives, make_batch, make_split, step_of
 
 from unreid_jax import UserError, memory, methods, sharding
-from unreid_jax.methods import Batch
 
 NAMES = [module.name for module in pkgutil.iter_modules(methods.__path__)]
+WRAPPED = ["cluster_contrast", "hhcl", "supervised"]
 N, B = 200, 16
 CAMIDS = np.arange(N, dtype=np.int32) % 4
+PIDS = np.arange(N, dtype=np.int32) // 20
 
 
-def make_features(name, num, seed):
-  """Unit features as the encoder of that method's config returns them."""
-  rng = np.random.default_rng(seed)
+def wrap(base):
+  """A toy wrapper: the features of the others in the batch are negatives."""
+
+  def step(state, features, batch, key):
+    unit = jax.lax.stop_gradient(memory.normalize(features))
+    logits = features @ unit.T / base.proxies(state).temperature
+    is_other = batch.labels[:, None] != batch.labels[None]
+    logits = jnp.where(is_other, logits, -jnp.inf)
+    return base.step(state, features, batch, key, negatives=logits)
+
+  return base._replace(step=step)
+
+
+def make(name):
+  """The method, or a toy wrapper around it if the name says so."""
+  name, _, is_wrapped = name.partition(" ")
+  small = {"generator_width": 32} if name == "hngn" else {}
+  method = methods.make(name, **small)
+  return wrap(method) if is_wrapped else method
+
+
+ALL = NAMES + [f"{name} wrapped" for name in WRAPPED]
+
+
+def test_who_can_be_wrapped():
+  can = [name for name in NAMES if methods.make(name).proxies is not None]
+  assert can == WRAPPED
+
+
+def make_features(name, pids, seed):
+  """Unit features of some people, as the method's encoder returns them."""
+  rng, people = np.random.default_rng(seed), np.random.default_rng(99)
+  name = name.partition(" ")[0]
   head = importlib.import_module(f"configs.{name}").get_config().encoder.head
-  raw = rng.standard_normal((num, 32), np.float32)
-  if head == "stripes":
-    raw = {"global": raw, "local": rng.standard_normal((num, 8, 4), np.float32)}
-  return jax.tree.map(lambda x: memory.normalize(jnp.asarray(x)), raw)
+  shapes = {"global": (32,), "local": (8, 4)}
+
+  def draw(shape):
+    centers = people.standard_normal((PIDS.max() + 1, *shape))[pids]
+    raw = centers + 0.7 * rng.standard_normal(centers.shape)
+    raw /= np.linalg.norm(raw, axis=-1, keepdims=True)
+    return raw.astype(jax.dtypes.canonicalize_dtype(float))
+
+  features = {name: draw(shape) for name, shape in shapes.items()}
+  return features if head == "stripes" else features["global"]
 
 
-def make_batch(seed, labels):
+def begin(name):
+  """The method, its first state, features of all images, and their labels."""
+  method, features = make(name), make_features(name, PIDS, 0)
+  shapes = jax.eval_shape(lambda: features)
+  state = jax.jit(lambda key: method.init(key, shapes))(KEY)
+  labels = method.label(state, gives(features), make_split(CAMIDS, PIDS), 0)
+  return method, state, labels
+
+
+def draw_batch(seed, labels, step, epoch):
   """Images that have a label, as a sampler draws them."""
   rng = np.random.default_rng(seed)
-  rows = rng.permutation(np.flatnonzero(labels >= 0))[:B].astype(np.int32)
-  images = np.zeros((B, 1, 1, 3), np.uint8)
-  return Batch(*map(jnp.asarray, (images, rows, labels[rows], CAMIDS[rows])))
+  rows = rng.permutation(np.flatnonzero(labels >= 0))[:B]
+  return make_batch(rows, labels[rows], CAMIDS[rows], step, epoch)
 
 
-def run(name, num_devices, labels_per_epoch):
-  """Two epochs of two steps; all that comes out, and the compiled step."""
-  method = methods.make(name)
-  key = jax.random.key(0)
+def run(name, num_devices, *more_labels):
+  """Epochs of two steps; all that comes out, and the compiled step."""
   with jax.set_mesh(sharding.make_mesh(num_devices)):
-    features = make_features(name, N, 0)
-    shapes = jax.eval_shape(lambda: features)
-    state = jax.jit(lambda key: method.init(key, shapes))(key)
-    refresh = jax.jit(method.refresh)
-
-    @jax.jit
-    def step(state, features, batch, key):
-      loss = jax.value_and_grad(method.loss, 1, has_aux=True)
-      (value, metrics), grads = loss(state, features, batch, key)
-      return method.update(state, features, batch, key), value, metrics, grads
-
-    outs = []
-    for epoch, labels in enumerate(labels_per_epoch):
-      state = refresh(state, features, labels, CAMIDS)
+    method, first, found = begin(name)
+    assert found.values.max() > 0
+    state, outs = first, []
+    refresh, step = jax.jit(method.refresh), jax.jit(step_of(method))
+    for epoch, labels in enumerate([found.values, *more_labels]):
+      key = jax.random.fold_in(KEY, epoch)
+      state = refresh(state, labels, found.given, key)
       for i in range(2):
-        old = state
-        inputs = make_features(name, B, 10 * epoch + i), make_batch(i, labels)
-        state, *out = step(state, *inputs, key)
-        outs.append(jax.device_get(out))
-        for a, b in zip(*map(jax.tree.leaves, (old, state)), strict=True):
-          assert (a.shape, a.dtype) == (b.shape, b.dtype)
-          assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    return step, state, outs
+        batch = draw_batch(i, labels, 2 * epoch + i, epoch)
+        features = make_features(name, PIDS[batch.indices], 10 * epoch + i + 1)
+        outcome = step(state, features, batch, KEY)
+        state = outcome.state
+        outs.append(jax.device_get(outcome._replace(state=None)))
+    return step, first, state, outs
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_device_equals_eight(name):
-  epochs = [np.arange(N, dtype=np.int32) % 9] * 2
-  (_, state, outs), (_, state8, outs8) = (run(name, n, epochs) for n in (1, 8))
-  trees = jax.tree.leaves((state, outs)), jax.tree.leaves((state8, outs8))
-  for one, eight in zip(*trees, strict=True):
-    np.testing.assert_allclose(one, eight, 1e-5, 1e-5)
+@pytest.mark.parametrize("name", ALL)
+def test_one_device_equals_eight(float64, name):
+  """Loss, figures, gradients and banks, where rounding is harmless."""
+  labels = np.arange(N, dtype=np.int32) % 9
+  runs = [run(name, num_devices, labels) for num_devices in (1, 8)]
+  for one, eight in zip(*(jax.tree.leaves(x[2:]) for x in runs), strict=True):
+    np.testing.assert_allclose(one, eight, 1e-5, 1e-9)
   split = [
     x
-    for x in jax.tree.leaves(state8)
+    for x in jax.tree.leaves(runs[1][2])
     if x.addressable_shards[0].data.size * 8 == x.size
   ]
   assert split, "no bank is split over the devices"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_loss_is_finite_and_the_step_compiles_once(name):
+@pytest.mark.parametrize("name", ALL)
+def test_the_step(name):
+  """It compiles once, keeps the state's arrays, and teaches the features.
+
+  Finite, also with all images outliers but one cluster.
+  """
   one_cluster = np.full(N, -1, np.int32)
   one_cluster[:30] = 0
-  step, _, outs = run(name, 8, [np.arange(N, dtype=np.int32) % 9, one_cluster])
+  step, first, last, outs = run(name, 8, one_cluster)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(outs))
   assert step._cache_size() == 1
-  grads = outs[0][2]
-  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
+  for slope in jax.tree.leaves(outs[0].slope):
+    assert np.abs(slope).max() > 0
+  for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+  assert all(x.shape == () for x in jax.tree.leaves(outs[0].figures))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_written_is_a_constant(name):
+  """The state after the step has no slope in the features."""
+  method, state, found = begin(name)
+  state = jax.jit(method.refresh)(state, found.values, found.given, KEY)
+  batch = draw_batch(0, found.values, 0, 0)
+  features = make_features(name, PIDS[batch.indices], 1)
+
+  @jax.jit
+  @jax.grad
+  def slope(features):
+    after = jax.tree.leaves(method.step(state, features, batch, KEY)[1][0])
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return sum(jnp.sum(x**2) for x in after if is_float(x))
+
+  assert not any(np.any(x) for x in jax.tree.leaves(slope(features)))
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_negatives_add_what_the_method_says(name):
+  """The loss without them plus `loss_negatives`; the bank is the same."""
+  plain, wrapped = (run(x, 1)[2:] for x in (name, f"{name} wrapped"))
+  for a, b in zip(plain[1], wrapped[1], strict=True):
+    added = b.figures["loss_negatives"]
+    assert added > 0
+    np.testing.assert_allclose(a.loss + added, b.loss, 1e-5)
+  for a, b in zip(
+    *(jax.tree.leaves(x[0]) for x in (plain, wrapped)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"supervised"}))
 def test_labels_do_not_depend_on_identities(name):
-  method = methods.make(name)
   with jax.set_mesh(sharding.make_mesh(8)):
-    features = jax.device_get(make_features(name, N, 0))
-    shapes = jax.eval_shape(lambda: features)
-    state = jax.jit(lambda key: method.init(key, shapes))(jax.random.key(0))
-    pids = np.arange(N, dtype=np.int32) // 10
-    one, two = (
-      method.label(state, features, CAMIDS, x).labels for x in (pids, pids * 0)
-    )
-  np.testing.assert_array_equal(one, two)
-  assert one.shape == (N,) and one.dtype == np.int32
+    method, state, one = begin(name)
+    encode = gives(make_features(name, PIDS, 0))
+    two = method.label(state, encode, make_split(CAMIDS, PIDS * 0), 0)
+  np.testing.assert_array_equal(one.values, two.values)
+  assert one.values.shape == (N,) and one.values.dtype == np.int32
 
 
 def test_unknown_names():
   with pytest.raises(UserError, match=r"there are: .*selective"):
     methods.make("selectiv")
-  with pytest.raises(TypeError, match="lambda_x"):
+  with pytest.raises(UserError, match="lambda_x is unknown here; there are: "):
     methods.make("selective", lambda_x=1)

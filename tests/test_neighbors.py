@@ -69,13 +69,9 @@ def test_golden(golden):
   np.testing.assert_allclose(distances, np.square(gap).sum(-1), 0, 2e-6)
 
 
-def test_bad_input():
-  features = integers(9, 3)
+def test_no_neighbours():
   with pytest.raises(UserError, match="1 neighbour"):
-    neighbors(features, 0)
-  features[4, 1] = np.nan
-  with pytest.raises(UserError, match="NaN or inf"):
-    neighbors(features, 2)
+    neighbors(integers(9, 3), 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])

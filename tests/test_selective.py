@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import gives, make_batch, make_split, run_step
 
 from unreid_jax import evaluate, memory, methods, sharding
-from unreid_jax.data import Split
-from unreid_jax.methods import Batch, selective
+from unreid_jax.methods import selective
 
 
 def setup(z, **hyperparameters):
   """State, features and batch of the golden, under a mesh."""
-  n = len(z["cams"])
   features = {
     "global": jnp.asarray(z["global_feats"]),
     "local": jnp.asarray(z["local_feats"]).swapaxes(0, 1),
@@ -25,11 +24,12 @@ def setup(z, **hyperparameters):
   small = {"num_positives": 5, "num_negatives": 7}
   method = methods.make("selective", **small | hyperparameters)
   state = method.init(jax.random.key(0), jax.eval_shape(lambda: bank))
-  state = method.refresh(state, bank, jnp.arange(n), camids)
+  found = method.label(state, gives(bank), make_split(np.asarray(camids)), 0)
+  assert method.label(state, gives(None), None, 1) is None
+  state = jax.jit(method.refresh)(state, found.values, found.given, None)
   state = state.replace(mixture=memory.create(jnp.asarray(z["M_before"])))
   indices = jnp.asarray(z["index"])
-  images = jnp.zeros((len(indices), 1, 1, 3), jnp.uint8)
-  batch = Batch(images, indices, indices, camids[indices])
+  batch = make_batch(indices, indices, camids[indices])
   return method, state, features, batch
 
 
@@ -44,11 +44,7 @@ def test_authors_loss_gradients_and_banks(golden, num_devices):
     np.testing.assert_array_equal(rows[:, :6], z["positive_idx"])
     np.testing.assert_array_equal(rows[:, 6:], z["negative_idx"])
     assert valid.all()
-    value = lambda f: method.loss(state, f, batch, key)
-    (value, metrics), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(
-      features
-    )
-    after = jax.jit(method.update)(state, features, batch, key)
+    value, metrics, grads, after = run_step(method, state, features, batch)
   close = lambda a, b, tol: np.testing.assert_allclose(a, b, 0, tol)
   close(value, z["loss_f64"], 2e-5)
   close(metrics["loss_local"], z["loss_local_f64"], 2e-5)
@@ -75,14 +71,10 @@ def test_authors_test_time_distance_and_scores(golden):
   distance = jax.jit(method.distance)
   got = distance(query, gallery, camids[:m], camids[m:])
   np.testing.assert_allclose(got, z["distmat"], 0, 2e-6)
-  images = np.zeros((len(camids), 1, 1, 3), np.uint8)
   splits = (
-    Split(images[i], z["pids"][i], camids[i], tuple(map(str, camids[i])))
-    for i in (slice(m), slice(m, None))
+    make_split(camids[i], z["pids"][i]) for i in (slice(m), slice(m, None))
   )
-  scores = evaluate.score(
-    query, gallery, *splits, distance, lambda items, *_, **__: items
-  )
+  scores = evaluate.score(query, gallery, *splits, distance)
   assert scores["mAP"] == pytest.approx(float(z["map_f64"]), abs=1e-6)
   for k in (1, 5, 10):
     assert scores[f"R{k}"] == pytest.approx(float(z["cmc"][k - 1]), abs=1e-6)
@@ -102,10 +94,10 @@ def test_warmup_draws_the_same_negatives_for_the_whole_batch(golden):
     others = [i for i in order if i != index]
     np.testing.assert_array_equal(row[1:], others[:12])
   # Only the anchors' own rows are written, and the warm-up ends.
-  after = method.update(state, features, batch, key)
+  after = run_step(method, state, features, batch).state
   changed = np.any(after.mixture != state.mixture, axis=1)
   assert set(np.flatnonzero(changed)) == set(np.asarray(batch.indices))
-  assert after.step == 1
+  batch = batch.replace(step=jnp.asarray(1, jnp.int32))
   weights = selective.choose(hp, after, features, batch, key)[2]
   np.testing.assert_allclose(weights, [0.5, *[1.75 * 0.5 / 5] * 5])
 
@@ -113,7 +105,7 @@ def test_warmup_draws_the_same_negatives_for_the_whole_batch(golden):
 def test_frozen_gradient_is_the_losses_own(golden):
   z, key = golden("scl_unsup"), jax.random.key(0)
   method, state, features, batch = setup(z, gradient="frozen")
-  value = lambda f: method.loss(state, f, batch, key)[0]
+  value, _, slope, _ = run_step(method, state, features, batch, key)
   hp = selective.Hyperparameters(num_positives=5, num_negatives=7)
   rows, _, weights = selective.choose(hp, state, features, batch, key)
 
@@ -126,14 +118,12 @@ def test_frozen_gradient_is_the_losses_own(golden):
       total += branch * (entropies @ weights).mean()
     return total
 
-  for a, b in zip(
-    *(jax.tree.leaves(jax.grad(f)(features)) for f in (value, twin)),
-    strict=True,
-  ):
+  slopes = slope, jax.jit(jax.grad(twin))(features)
+  for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
     np.testing.assert_allclose(a, b, 0, 1e-6)
   sequential, *_ = setup(z)
-  same = sequential.loss(state, features, batch, key)[0]
-  np.testing.assert_allclose(same, value(features), 1e-6)
+  same = run_step(sequential, state, features, batch, key).loss
+  np.testing.assert_allclose(same, value, 1e-6)
 
 
 def test_fewer_images_than_negatives(golden):
@@ -144,4 +134,4 @@ def test_fewer_images_than_negatives(golden):
   rows, valid, _ = selective.choose(hp, state, features, batch, key)
   for row, exists in zip(np.asarray(rows), np.asarray(valid), strict=True):
     assert sorted(row[exists]) == list(range(80))
-  assert np.isfinite(method.loss(state, features, batch, key)[0])
+  assert np.isfinite(run_step(method, state, features, batch).loss)

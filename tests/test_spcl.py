@@ -4,17 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from helpers import KEY, gives, make_batch, make_split, run_step, step_of
 
-from unreid_jax import UserError, memory, methods, relabel, sharding
-from unreid_jax.data import Split
-from unreid_jax.methods import Batch
+from unreid_jax import UserError, memory, methods, sharding
 from unreid_jax.pseudo_labels import self_paced
-from unreid_jax.pseudo_labels.clustering import Clustering, describe
-from unreid_jax.state import Parts, TrainState, shardings
-from unreid_jax.writer import Writer
-
-KEY = jax.random.key(0)
+from unreid_jax.pseudo_labels.clustering import describe
 
 
 @pytest.fixture
@@ -32,14 +26,12 @@ def unit(rng, *shape):
 def make_state(method, bank, labels):
   bank, labels = np.asarray(bank), np.asarray(labels, np.int32)
   state = method.init(KEY, jax.eval_shape(lambda: jnp.asarray(bank)))
-  return jax.jit(method.refresh)(state, bank, labels, labels)
+  return jax.jit(method.refresh)(state, labels, {"features": bank}, KEY)
 
 
-def make_batch(indices, labels):
-  indices = jnp.asarray(indices, jnp.int32)
-  labels = jnp.asarray(labels, jnp.int32)[indices]
-  images = jnp.zeros((len(indices), 1, 1, 3), jnp.uint8)
-  return Batch(images, indices, labels, labels)
+def batch_of(indices, labels):
+  indices = np.asarray(indices)
+  return make_batch(indices, np.asarray(labels)[indices])
 
 
 @pytest.mark.parametrize("suffix", ["", "_dupidx"])
@@ -47,13 +39,10 @@ def test_golden(mesh, golden, suffix):
   z = golden(f"hm_spcl{suffix}")
   method = methods.make("spcl")
   state = make_state(method, z["bank_before"], z["labels"])
-  batch = make_batch(z["indexes"], z["labels"])
-  grad = jax.jit(jax.value_and_grad(method.loss, 1, has_aux=True))
-  features = jnp.asarray(z["inputs"])
-  (loss, _), slope = grad(state, features, batch, KEY)
+  batch = batch_of(z["indexes"], z["labels"])
+  loss, _, slope, state = run_step(method, state, z["inputs"], batch)
   np.testing.assert_allclose(loss, z["loss_f64"], 1e-5)
   np.testing.assert_allclose(slope, z["grad_inputs"], 1e-5, 1e-5)
-  state = jax.jit(method.update)(state, features, batch, KEY)
   after = state.bank[: len(z["bank_after"])]
   np.testing.assert_allclose(after, z["bank_after"], 1e-5, 2e-6)
 
@@ -78,12 +67,11 @@ def test_loss_and_gradient_of_holes_and_rows_without_a_class(temperature):
   labels = rng.choice([-1, 0, 3, 4, 9, 140], 150)  # class 140 of 150 rows
   method = methods.make("spcl", temperature=temperature)
   state = make_state(method, bank, labels)
-  batch = make_batch(np.flatnonzero(labels >= 0)[:16], labels)
+  batch = batch_of(np.flatnonzero(labels >= 0)[:16], labels)
   bank, features = bank.astype(float), features.astype(float)
   targets = np.asarray(batch.labels)
   expected = slow_loss(bank, labels, features, targets, temperature)
-  grad = jax.jit(jax.value_and_grad(method.loss, 1, has_aux=True))
-  (loss, _), slope = grad(state, jnp.asarray(features, "f4"), batch, KEY)
+  loss, _, slope, _ = run_step(method, state, features.astype("f4"), batch)
   np.testing.assert_allclose(loss, expected, 1e-5)
   for place in [(0, 0), (5, 3), (15, 7)]:
     ends = []
@@ -121,14 +109,9 @@ def test_the_bank_is_never_gathered(name, collective_sizes):
   labels = np.arange(n) // 2
   with jax.set_mesh(sharding.make_mesh(8)):
     state = make_state(method, unit(rng, n, d), labels)
-    features, batch = jnp.asarray(unit(rng, b, d)), make_batch(range(b), labels)
-
-    def step(state, features, batch, key):
-      grads = jax.grad(method.loss, 1, has_aux=True)
-      grads = grads(state, features, batch, key)
-      return grads, method.update(state, features, batch, key)
-
-    text = jax.jit(step).lower(state, features, batch, KEY).compile().as_text()
+    batch = batch_of(np.arange(b), labels)
+    step = jax.jit(step_of(method)).lower(state, unit(rng, b, d), batch, KEY)
+    text = step.compile().as_text()
   sizes = collective_sizes(text)
   assert sizes and max(sizes) <= b * n
 
@@ -206,49 +189,35 @@ def groups(rng, num, size, noise=0.3):
   return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype("f4")
 
 
-def test_cluster_at_is_each_eps_alone():
-  rng = np.random.default_rng(0)
-  features, camids = groups(rng, 12, 6, 1.5), np.arange(72) % 3
-  hp = Clustering(k1=8, k2=2, min_samples=2, eps=0.5)
-  gaps = 0.0, -0.2, 0.2
-  several, seconds = self_paced.cluster_at(hp, features, camids, *gaps)
-  alone = [
-    self_paced.cluster_at(hp, features, camids, gap)[0][0] for gap in gaps
-  ]
-  np.testing.assert_array_equal(several, alone)
-  tight, loose = ((x < 0).sum() for x in several[1:])
-  assert tight > loose and set(seconds) == {"neighbors", "jaccard", "dbscan"}
-
-
-def run_label(method, state, features, camids):
-  labelling = method.label(state, features, camids, np.full(len(camids), -1))
-  labels = labelling.labels
+def run_label(method, state, features, camids, epoch=1):
+  found = method.label(state, gives(features), make_split(camids), epoch)
+  labels = found.values
   # Every image has a class, and no class is without an image.
   np.testing.assert_array_equal(np.unique(labels), np.arange(labels.max() + 1))
-  state = state.replace(**labelling.state)
-  return labelling, jax.jit(method.refresh)(state, features, labels, camids)
+  return found, jax.jit(method.refresh)(state, labels, found.given, KEY)
 
 
 @pytest.mark.parametrize("name", ["spcl", "dhcl_hnm"])
 def test_labels_of_the_memory(mesh, name):
-  """Without features, clusters are those of the memory, which stays."""
+  """After the first epoch clusters are those of the memory, which stays."""
   rng = np.random.default_rng(0)
   features, camids = groups(rng, 10, 8), np.arange(80, dtype=np.int32) % 4
   options = {"k1": 10, "k2": 3, "instance_epochs": 1, "center_cameras": True}
   method = methods.make(name, **options)
-  assert [method.encode(i) for i in range(3)] == ["eval", "memory", "memory"]
   state = method.init(KEY, jax.eval_shape(lambda: features))
-  labelling, state = run_label(method, state, features, camids)
-  np.testing.assert_array_equal(labelling.labels, np.arange(80))
+  found, state = run_label(method, state, features, camids, epoch=0)
+  np.testing.assert_array_equal(found.values, np.arange(80))
+  assert not found.clustered
   of_memory, after = run_label(method, state, None, camids)
   np.testing.assert_array_equal(after.bank, state.bank)
-  of_features, _ = run_label(method, state, features, camids)
-  np.testing.assert_array_equal(of_memory.labels, of_features.labels)
+  fresh = methods.make(name, recluster="features", **options)
+  of_features, _ = run_label(fresh, state, features, camids)
+  np.testing.assert_array_equal(of_memory.values, of_features.values)
   # Twin images may still part from their cluster; most do not.
-  found = describe(of_memory.labels, np.arange(80) // 8)
+  found = describe(of_memory.values, np.arange(80) // 8)
   assert found["clusters"] == 10 and found["recall"] > 0.6
-  assert len(of_memory.labels) - found["outliers"] > 60
-  sizes = np.bincount(of_memory.labels)
+  assert len(of_memory.values) - found["outliers"] > 60
+  sizes = np.bincount(of_memory.values)
   np.testing.assert_array_equal(after.sizes[: len(sizes)], sizes)
   assert not np.any(after.sizes[len(sizes) :])
   assert np.all(after.labels[80:] == -1)
@@ -257,7 +226,8 @@ def test_labels_of_the_memory(mesh, name):
 def test_the_threshold_is_that_of_the_first_clusters():
   rng = np.random.default_rng(0)
   camids = np.arange(90, dtype=np.int32) % 3
-  method = methods.make("spcl", k1=8, k2=2, min_samples=2, eps_gap=0.2)
+  options = {"min_samples": 2, "eps_gap": 0.2, "recluster": "features"}
+  method = methods.make("spcl", k1=8, k2=2, **options)
   features = groups(rng, 15, 6, 1.2)
   state = method.init(KEY, jax.eval_shape(lambda: features))
   assert np.isnan(state.threshold)
@@ -270,41 +240,11 @@ def test_the_threshold_is_that_of_the_first_clusters():
   assert run_label(method, anew, other, camids)[1].threshold != first
 
 
-@pytest.mark.parametrize("name", ["spcl", "dhcl_hnm"])
-def test_an_epoch_on_the_memory_encodes_nothing(mesh, tmp_path, name):
-  """The loop's part of it, with no encoder at hand."""
-  rng = np.random.default_rng(0)
-  features, camids = groups(rng, 10, 8), np.arange(80, dtype=np.int32) % 4
-  method = methods.make(name, k1=10, k2=3)
-  state = make_state(method, features, np.arange(80))
-  config = ConfigDict({"batch_size": 16, "sampler": {"num_instances": 4}})
-  parts = Parts(config, mesh, None, method, None, None, {})
-  state = TrainState(jnp.array(3), {}, {"mean": jnp.ones(2)}, (), state)
-  state = jax.device_put(state, shardings(mesh, state))
-  bank = np.asarray(state.method.bank)
-  images = np.zeros((80, 1, 1, 3), np.uint8)
-  split = Split(images, camids // 4, camids, tuple(map(str, range(80))))
-  with Writer(str(tmp_path)) as writer:
-    refresh = relabel.make_refresh(parts, state)
-    old = np.arange(80, dtype=np.int32)
-    at_hand = refresh, old, split, "memory", KEY, writer
-    after, labels = relabel.relabel(parts, state, *at_hand)
-    (line,) = writer.history("cluster")
-  assert line["step"] == 4 and line["clusters"] == describe(labels)["clusters"]
-  assert line["clusters"] > 5 and after.batch_stats == state.batch_stats
-  np.testing.assert_array_equal(after.method.bank, bank)
-  np.testing.assert_array_equal(after.method.labels[:80], labels)
-  for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
-    assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
-
-
 def test_bad_values():
   for name in ("spcl", "dhcl_hnm"):
-    with pytest.raises(UserError, match=r'method.recluster is "bank": set'):
+    with pytest.raises(UserError, match=r'^recluster is "bank": set'):
       methods.make(name, recluster="bank")
-  with pytest.raises(UserError, match=r"method.eps_gap is 0.5: set it so that"):
+  with pytest.raises(UserError, match=r"^eps_gap is 0.5: set it to 0 or more, with"):
     methods.make("spcl", eps_gap=0.5)
-  with pytest.raises(
-    UserError, match=r"method.mask_gap is -0.1: set it so that"
-  ):
+  with pytest.raises(UserError, match=r"^mask_gap is -0.1: set it to"):
     methods.make("dhcl_hnm", mask_gap=-0.1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unreid_jax import data
 from unreid_jax.data import synthetic
-from unreid_jax.data.camera import make_cameras
+from unreid_jax.data.synthetic.camera import make_cameras
 
 SMALL = {"num_train_ids": 6, "num_test_ids": 4, "num_distractors": 5}
 
@@ -81,16 +81,17 @@ def test_cameras_differ():
   assert np.ptp(gains.mean(1)) > 0.2
 
 
-def test_load_has_the_size_asked_for(monkeypatch):
+def test_load_has_the_size_and_the_splits_asked_for(monkeypatch):
   small = functools.partial(synthetic.make, **SMALL)
   monkeypatch.setattr(synthetic, "make", small)
-  read = data.load("synthetic", height=32, width=16, seed=3)
-  native = small(3)
-  for split, whole in zip(read, native, strict=True):
-    assert split.names == whole.names
-    for image, large in zip(split.images, whole.images, strict=True):
-      resized = Image.fromarray(large).resize((16, 32), Image.BICUBIC)
-      assert np.array_equal(image, resized)
+  size = {"height": 32, "width": 16}
+  read = data.load("synthetic", **size, seed=3, splits=("query",))
+  assert read.train is None and read.gallery is None
+  query = small(3).query
+  assert read.query.names == query.names
+  for image, large in zip(read.query.images, query.images, strict=True):
+    resized = Image.fromarray(large).resize((16, 32), Image.BICUBIC)
+    assert np.array_equal(image, resized)
 
 
 def test_written_in_market_layout(dataset, tmp_path):

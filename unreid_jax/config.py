@@ -1,120 +1,128 @@
-"""What a run's config means: durations, and the config kept in a workdir."""
+"""What a run's config may hold: the type of every key, and what depends on it.
 
-import json
-import os
-import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+The types stand where the values are used: in the arguments of `optim.make`, in
+a method's `Hyperparameters`, and so on; `Run` has those of the config's own
+keys. Here they are only collected.
+"""
 
-import jax
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypedDict
+
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError
+from unreid_jax import UserError, data, memory, methods, models, optim, values
+from unreid_jax.data import augment, sampler
+from unreid_jax.values import Count, CountOrNone, Duration, Free, Range
 
-# Keys that may change between two parts of a run: they say where it runs and
-# what it reports, not what it learns.
-_FREE = re.compile(
-  r"epochs|num_devices|(evaluate|checkpoint|log)_every|evaluate_batch_size"
-  r"|dataset\.(root|cache_dir)|encoder\.pretrained"
-  r"|method\.(camera|squared)_at_test"
-)
-_DURATIONS = re.compile(
-  r".*_every|optim\.(warmup|milestones)|method\.(warmup|ramp|generator_steps)"
-)
+
+class Run(TypedDict):
+  """The keys that belong to no section."""
+
+  seed: Annotated[int, Range(0, 2**31 - 1)]
+  num_devices: Free[CountOrNone]
+  epochs: Free[Count]
+  batch_size: Count
+  evaluate_batch_size: Free[Count]
+  evaluate_every: Free[Duration]
+  checkpoint_every: Free[Duration]
+  log_every: Free[Duration]
+  steps_per_epoch: CountOrNone
+
+
+def kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The type of each key of a config; a section's is `values.Nested`."""
+  sections = {
+    "sampler": values.fields(sampler.plan),
+    "dataset": values.fields(data.load),
+    "augment": values.fields(augment.augment),
+    "encoder": values.fields(models.make) | {"pretrained": Free[str]},
+    "optim": values.fields(optim.make) | values.fields(optim.step_decay),
+    "method": methods.fields(config["method"]),
+  }
+  nested = {
+    name: Annotated[dict, values.Nested(lambda _, types=types: types)]
+    for name, types in sections.items()
+  }
+  return values.fields(Run) | nested
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Refuses a config that no run can have, before any image is read.
+
+  Args:
+    config: as the user has set it.
+    num_devices: how many devices share a batch.
+
+  Raises:
+    UserError: which key has which value, and what it may be set to.
+  """
+  settings = config.to_dict()
+  values.check(kinds(settings), settings)
+  resolved = resolve(config, 1)
+  with values.section("method"):
+    methods.make(**resolved.method.to_dict())
+  for key in ("batch_size", "evaluate_batch_size"):
+    if config[key] % num_devices:
+      raise UserError(
+        f"{key}={config[key]} is no multiple of {num_devices} devices: change "
+        "it or num_devices"
+      )
+  num_instances = config.sampler.num_instances
+  if num_instances and config.batch_size % num_instances:
+    raise UserError(
+      f"batch_size={config.batch_size} is no multiple of "
+      f"sampler.num_instances={num_instances}: change either"
+    )
+  if memory.ROW_MULTIPLE % num_devices:
+    raise UserError(
+      f"{num_devices} devices cannot share a bank: set num_devices to a power "
+      f"of two, {memory.ROW_MULTIPLE} at most"
+    )
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
-  """The config with every duration as a number of steps.
-
-  Raises:
-    UserError: a duration that is none.
-  """
-  resolved = ConfigDict(config.to_dict())
-  for key, value in _flat(config.to_dict()).items():
-    if _DURATIONS.fullmatch(key):
-      *path, last = key.split(".")
-      section = resolved[path[0]] if path else resolved
+  """The config with every duration, and `steps_per_epoch`, in steps."""
+  resolved = config.copy_and_resolve_references()
+  resolved.steps_per_epoch = steps_per_epoch
+  settings = config.to_dict()
+  for path, kind, value in _leaves(kinds(settings), settings):
+    if values.has(kind, values.DURATION):
+      *sections, key = path.split(".")
+      section = resolved
+      for name in sections:
+        section = section[name]
       with section.ignore_type():
-        section[last] = _steps(key, value, steps_per_epoch)
+        section[key] = values.steps(value, steps_per_epoch)
   return resolved
 
 
-def _steps(key, value, steps_per_epoch):
-  if isinstance(value, tuple | list):
-    return tuple(_steps(key, v, steps_per_epoch) for v in value)
-  match = re.fullmatch(r"(\d+(?:\.\d+)?)(?: (step|epoch)s?)?", str(value))
-  if not match:
-    raise UserError(
-      f'{key}="{value}" is no duration: write "10 epochs" or "500 steps"'
-    )
-  unit = steps_per_epoch if match[2] == "epoch" else 1
-  number = float(match[1])
-  return max(round(number * unit), 1 if number else 0)
-
-
-def check_workdir(workdir: str, config: ConfigDict) -> None:
-  """Refuses a workdir whose checkpoint comes from another config.
-
-  Raises:
-    UserError: the settings differ in more than where it runs.
-  """
-  folder = pathlib.Path(workdir)
-  path = folder / "config.json"
-  saved = folder.glob("checkpoints/last/*")
-  if not path.exists() or not any(x.name.isdigit() for x in saved):
-    return
-  old, new = _flat(json.loads(path.read_text())), _flat(_as_json(config))
-  for key in sorted(old.keys() & new.keys()):
-    if old[key] != new[key] and not _FREE.fullmatch(key):
-      raise UserError(
-        f"{workdir} holds a run with {key}={old[key]!r}, but this one has "
-        f"{new[key]!r}: choose another --workdir"
-      )
-
-
-def write_config(workdir: str, config: ConfigDict) -> None:
-  """Writes WORKDIR/config.json."""
-  if jax.process_index() == 0:
-    path = pathlib.Path(workdir) / "config.json"
-    text = json.dumps(_as_json(config), indent=2, sort_keys=True)
-    path.with_suffix(".partial").write_text(text + "\n")
-    os.replace(path.with_suffix(".partial"), path)
-
-
-def check_values(
-  hyperparameters: Any,
-  choices: Mapping[str, tuple[str, ...]],
-  ranges: Iterable[tuple[str, Callable, str]] = (),
-) -> None:
-  """Refuses a hyper-parameter that has no meaning.
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+  """Where a run's stored config differs in what it learns, not where it runs.
 
   Args:
-    hyperparameters: an object with the values.
-    choices: what a name may be set to.
-    ranges: name, whether a value is right, and how to set it; of names that
-      the object has.
+    old: the stored config.
+    new: the config that the run is to go on with.
 
-  Raises:
-    UserError: naming the first one.
+  Yields:
+    The key, its old and its new value; of keys that both have.
   """
-  for name, known in choices.items():
-    value = getattr(hyperparameters, name)
-    if value not in known:
-      known = " or ".join(f'"{x}"' for x in known)
-      raise UserError(f'method.{name} is "{value}": set it to {known}')
-  for name, is_right, hint in ranges:
-    value = getattr(hyperparameters, name, None)
-    if value is not None and not is_right(value):
-      raise UserError(f"method.{name} is {value}: set it {hint}")
+  stored = {path: value for path, _, value in _leaves(kinds(new), old)}
+  for path, kind, value in _leaves(kinds(new), new):
+    if path in stored and not values.has(kind, values.FREE):
+      before, now = (list(x) if isinstance(x, tuple) else x
+                     for x in (stored[path], value))  # fmt: skip
+      if before != now:
+        yield path, before, now
 
 
-def _as_json(config):
-  return json.loads(json.dumps(config.to_dict()))
-
-
-def _flat(tree, prefix=""):
-  if not isinstance(tree, dict):
-    return {prefix.removesuffix("."): tree}
-  items = (_flat(v, f"{prefix}{k}.") for k, v in tree.items())
-  return {key: value for item in items for key, value in item.items()}
+def _leaves(types, section, prefix=""):
+  """The full path, the type and the value of each key, sections excluded."""
+  for key, value in section.items():
+    kind = types.get(key)
+    nested = values.nested_fields(kind, value)
+    if nested is not None:
+      yield from _leaves(nested, value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", kind, value

@@ -1,10 +1,10 @@
 """The memory bank: rows split over the devices and never gathered.
 
 A bank is an array [k, ..., d], sharded by rows over the mesh axis "data". The
-features of a batch travel to the banks, not the other way round: every device
+features of a batch travel to the bank, not the other way round: every device
 works on its own rows, and only results of the size of a batch are merged. All
 products use the highest precision, so that a ranking does not depend on the
-accelerator.
+accelerator. Banks, features and results are of one dtype.
 """
 
 import jax.numpy as jnp
@@ -29,14 +29,14 @@ def capacity(num_rows: int) -> int:
 
 
 def create(values: Float[Array, "n ..."]) -> Float[Array, "k ..."]:
-  """A bank of these rows, in order; the rows beyond them are zero."""
+  """A bank that begins with these rows; the rows beyond them are zero."""
   extra = capacity(len(values)) - len(values)
   padded = jnp.pad(values, [(0, extra)] + [(0, 0)] * (values.ndim - 1))
   return sharding.constrain_rows(padded)
 
 
 def normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-  """Unit length along the last axis; a zero vector stays zero."""
+  """Scales to unit length along the last axis; a zero vector stays zero."""
   squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
@@ -58,13 +58,16 @@ def squared_distances(
   """Squared Euclidean distances to all rows, sharded by column."""
   bank_squared = jnp.sum(jnp.square(bank), axis=1)
   squared = jnp.sum(jnp.square(features), axis=1, keepdims=True)
-  return squared + bank_squared - 2 * similarities(bank, features)
+  return squared + bank_squared[None] - 2 * similarities(bank, features)
 
 
 def select(
   values: Float[Array, "b k"], rows: Int[Array, "b m"]
 ) -> Float[Array, "b m"]:
-  """`values[i, rows[i]]` of column-sharded values, on every device."""
+  """Picks `values[i, rows[i]]` from values that are sharded by column.
+
+  Every device holds the result.
+  """
 
   def shard(values, rows):
     own, local = _own_rows(rows, values.shape[1])
@@ -77,7 +80,7 @@ def select(
 def take(
   bank: Float[Array, "k d"], rows: Int[Array, "b m"]
 ) -> Float[Array, "b m d"]:
-  """Some rows, on every device."""
+  """Copies some rows of the bank to every device."""
 
   def shard(bank, rows):
     own, local = _own_rows(rows, len(bank))
@@ -90,20 +93,26 @@ def take(
 def class_sums(
   values: Float[Array, "b k"], classes: Int[Array, " k"]
 ) -> Float[Array, "b k"]:
-  """Sums over the rows of each class: `out[:, c]`, of column-sharded values.
+  """Sums of the values over the rows of each class; differentiable.
 
   Every device adds up its own rows, then each gets the sums of its part of the
-  classes: what travels is [b, k], never a bank. Differentiable.
+  classes: what travels is [b, k], never a bank.
 
   Args:
-    values: of each row of a bank, such as `similarities`.
-    classes: of each row, below k; a negative one counts nowhere.
+    values: a value for each row of a bank, sharded by column, such as the
+      `similarities`.
+    classes: the class of each row, below k; a row with a negative one is left
+      out.
+
+  Returns:
+    The sum of class c in column c, sharded by column.
   """
   k = len(classes)
 
   def shard(values, classes):
     at = jnp.where(classes < 0, k, classes)
-    sums = jnp.zeros((k, len(values))).at[at].add(values.T, mode="drop")
+    sums = jnp.zeros((k, len(values)), values.dtype)
+    sums = sums.at[at].add(values.T, mode="drop")
     return lax.psum_scatter(sums, sharding.AXIS, tiled=True).T
 
   return sharding.per_shard(shard, (_BY_COLUMN, _BY_ROW), _BY_COLUMN)(
@@ -114,13 +123,13 @@ def class_sums(
 def nearest(
   distances: Float[Array, "b k"], num: int
 ) -> tuple[Float[Array, "b {num}"], Int[Array, "b {num}"]]:
-  """The `num` smallest of column-sharded distances, in ascending order.
+  """Finds the `num` smallest of distances that are sharded by column.
 
-  Every device sorts out its own nearest rows, then the candidates are merged;
-  of equal distances the lower row comes first, on any number of devices.
+  Every device sorts out its own nearest rows, then the candidates are merged.
 
   Returns:
-    The distances and their rows.
+    The distances in ascending order, and their rows. Of equal distances the
+    lower row comes first, on any number of devices.
   """
 
   def shard(distances):
@@ -143,18 +152,18 @@ def write(
   features: Float[Array, "b *d"],
   momentum: float,
 ) -> Float[Array, "k *d"]:
-  """Momentum writes, one after the other in the order of the batch.
+  """Moves rows towards features, one after the other in the batch's order.
 
-  Each is `bank[r] = normalize(momentum * bank[r] + (1 - momentum) * f)`, where
-  a row that occurs again sees its earlier writes, as in the references'
+  Each write is `bank[r] = normalize(momentum * bank[r] + (1 - momentum) * f)`,
+  where a row that occurs again sees its earlier writes, as in the references'
   backward passes. Writes to different rows do not see each other, so all
   first writes happen at once, then all second ones, and so on.
 
   Args:
     bank: unit vectors along the last axis.
-    rows: row of each feature; a negative one writes nothing.
-    features: what is written.
-    momentum: weight of the old value, in [0, 1).
+    rows: the row that each feature is written to; a negative one: to none.
+    features: the features f.
+    momentum: the weight of the old value, in [0, 1).
 
   Returns:
     The bank after the writes.
@@ -163,7 +172,7 @@ def write(
   def shard(bank, rows, features):
     own, local = _own_rows(rows, bank.shape[0])
     nowhere = bank.shape[0]
-    earlier = jnp.tril(rows[:, None] == rows[None, :], -1) & own
+    earlier = jnp.tril(rows[:, None] == rows[None], -1) & own[None]
     turn = jnp.where(own, jnp.sum(earlier, axis=1), -1)
 
     def write_turn(i, bank):
@@ -187,13 +196,15 @@ def write_hardest(
 ) -> Float[Array, "k d"]:
   """Writes to each row once: the feature that is least similar to it.
 
-  Arguments as in `write`. Source: CM_Hard in alibaba/cluster-contrast-reid.
+  It has the arguments of `write`, and is CM_Hard of
+  alibaba/cluster-contrast-reid.
   """
   own = jnp.maximum(rows, 0)[:, None]
   own = select(similarities(bank, lax.stop_gradient(features)), own)[:, 0]
   position = jnp.arange(len(rows))
-  earlier = (own[:, None] == own) & (position[:, None] > position)
-  beaten = (rows[:, None] == rows) & ((own[:, None] > own) | earlier)
+  is_earlier = position[:, None] > position[None]
+  beats = (own[:, None] > own[None]) | (own[:, None] == own[None]) & is_earlier
+  beaten = (rows[:, None] == rows[None]) & beats
   return write(
     bank, jnp.where(beaten.any(axis=1), -1, rows), features, momentum
   )
@@ -205,13 +216,13 @@ def write_mean(
   features: Float[Array, "b d"],
   momentum: float,
 ) -> Float[Array, "k d"]:
-  """Writes to each row once: the mean of its features, as it is.
+  """Writes to each row once: the mean of its features, not normalised.
 
-  Arguments as in `write`. Source: CM_Hybrid in bupt-ai-cz/HHCL-ReID.
+  It has the arguments of `write`, and is CM_Hybrid of bupt-ai-cz/HHCL-ReID.
   """
-  same = rows[:, None] == rows
+  same = (rows[:, None] == rows[None]).astype(features.dtype)
   sums = jnp.matmul(same, features, precision=lax.Precision.HIGHEST)
-  is_first = ~jnp.tril(same, -1).any(axis=1)
+  is_first = jnp.tril(same, -1).sum(axis=1) == 0
   mean = sums / same.sum(axis=1, keepdims=True)
   return write(bank, jnp.where(is_first, rows, -1), mean, momentum)
 
@@ -223,24 +234,22 @@ def centroids(
 
   Args:
     features: unit features.
-    labels: row of each feature; a negative one counts nowhere.
-    num_rows: that the bank holds at least; rows without a feature are zero.
+    labels: the row of each feature; a feature with a negative one is left out.
+    num_rows: the least number of rows; those without a feature are zero.
   """
   k = capacity(num_rows)
   rows = jnp.where(labels < 0, k, labels)
-  return create(
-    normalize(
-      jnp.zeros((k, features.shape[1])).at[rows].add(features, mode="drop")
-    )
-  )
+  sums = jnp.zeros((k, features.shape[1]), features.dtype)
+  return create(normalize(sums.at[rows].add(features, mode="drop")))
 
 
 def to_host(bank: Float[Array, "k d"], num_rows: int) -> np.ndarray:
-  """The first rows, on every host; for an epoch's clustering, not in a step."""
+  """Copies the first rows to every host: between epochs, not in a step."""
   return multihost_utils.process_allgather(bank, tiled=True)[:num_rows]
 
 
 def _own_rows(rows, num_local):
   """Which rows lie on this device, and their position there."""
-  local = rows - lax.axis_index(sharding.AXIS) * num_local
+  first = lax.axis_index(sharding.AXIS) * num_local
+  local = rows - first.astype(rows.dtype)
   return (local >= 0) & (local < num_local), local

@@ -1,25 +1,26 @@
 """Optimizers that step as PyTorch's do, and their learning rates."""
 
-from collections.abc import Sequence
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
-from unreid_jax import UserError
+from unreid_jax.values import BelowOne, Duration, NotNegative, Positive
 
-# Constant parameters, by the end of their path: the bias of the BN neck.
-# Its gradient is zero, but weight decay would shrink a loaded one.
+# The end of the path of a constant parameter: the bias of the BN neck. Its
+# gradient is zero, but weight decay would shrink a loaded one.
 FROZEN = "head/bn/bias"
 
 
 def make(
-  name: str,
-  lr: float,
-  weight_decay: float,
-  momentum: float,
+  name: Literal["adam", "sgd"],
+  lr: Positive,
+  weight_decay: NotNegative,
+  momentum: BelowOne,
   nesterov: bool,
   **schedule,
 ) -> optax.GradientTransformation:
@@ -29,19 +30,14 @@ def make(
   L2"; AdamW's does not). `FROZEN` parameters are never changed.
 
   Args:
-    name: "adam" (betas 0.9 and 0.999, eps 1e-8) or "sgd".
-    lr: learning rate, before the schedule.
-    weight_decay: times the parameter, is added to its gradient.
-    momentum: of SGD.
-    nesterov: of SGD.
+    name: the algorithm; Adam has betas 0.9 and 0.999 and eps 1e-8.
+    lr: the learning rate before the first milestone.
+    weight_decay: the share of a parameter that is added to its gradient.
+    momentum: the momentum of SGD; Adam ignores it.
+    nesterov: whether SGD's momentum is Nesterov's; Adam ignores it.
     **schedule: the other arguments of `step_decay`.
-
-  Raises:
-    UserError: an unknown name.
   """
-  if name not in ("adam", "sgd"):
-    raise UserError(f"optim.name={name!r} is unknown: choose adam or sgd")
-  sgd, adam = optax.trace(momentum, nesterov), optax.scale_by_adam()
+  sgd, adam = optax.trace(momentum, nesterov), scale_by_adam()
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
     adam if name == "adam" else sgd,
@@ -50,34 +46,38 @@ def make(
   )
 
 
+def scale_by_adam(b1: float = 0.9) -> optax.GradientTransformation:
+  """Optax's Adam, also where JAX promotes no dtypes, which Optax relies on."""
+  adam = optax.scale_by_adam(b1)
+
+  def update(*args):
+    with jax.numpy_dtype_promotion("standard"):
+      return adam.update(*args)
+
+  return optax.GradientTransformation(adam.init, update)
+
+
 def step_decay(
-  lr: float,
-  milestones: Sequence[int],
-  gamma: float,
-  warmup: int,
-  warmup_factor: float,
-  warmup_curve: str,
+  lr: Positive,
+  milestones: tuple[Duration, ...],
+  gamma: Positive,
+  warmup: Duration,
+  warmup_factor: NotNegative,
+  warmup_curve: Literal["linear", "constant"],
 ) -> optax.Schedule:
   """The learning rate of step 0, 1, ...: `lr * gamma ** milestones passed`.
 
   Args:
-    lr: the rate before the first milestone.
-    milestones: steps with which a lower rate begins, ascending.
-    gamma: factor at each milestone.
-    warmup: the first so many steps have a smaller rate, in addition.
-    warmup_factor: of step 0, times the rate above.
-    warmup_curve: "linear", up to 1 after the warm-up, or "constant".
-
-  Raises:
-    UserError: an unknown curve.
+    lr: the learning rate before the first milestone.
+    milestones: the steps with which a lower rate begins, ascending.
+    gamma: what the rate is multiplied by at each milestone.
+    warmup: how many steps at the start have a rate that is smaller still.
+    warmup_factor: what the rate of step 0 is multiplied by in a warm-up.
+    warmup_curve: whether that factor grows to 1 over the warm-up ("linear"), or
+      stays the same in all of its steps ("constant").
 
   Source: `WarmupMultiStepLR` of pangbo1997/Unsup_ReID, which counts epochs.
   """
-  if warmup_curve not in ("linear", "constant"):
-    raise UserError(
-      f"optim.warmup_curve={warmup_curve!r} is unknown: choose linear or "
-      "constant"
-    )
   steps = np.arange(warmup)
   decayed = lr * gamma ** np.arange(len(milestones) + 1.0)
   rise = steps / max(warmup, 1) if warmup_curve == "linear" else 0.0
@@ -87,7 +87,7 @@ def step_decay(
   table = np.append(first, decayed).astype(np.float32)
 
   def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
-    passed = sum(step >= m for m in milestones)
+    passed = sum(jnp.where(step >= m, 1, 0) for m in milestones)
     index = jnp.where(step < warmup, step, warmup + passed)
     return jnp.asarray(table)[index]
 

@@ -39,7 +39,7 @@ def track(
 
 @contextlib.contextmanager
 def shown_by(show: Callable) -> Iterator[None]:
-  """Within it, `show` gets the arguments of each `track` and yields the items."""
+  """Within it, `show` gets each `track`'s arguments, and yields its items."""
   token = _show.set(show)
   try:
     yield

@@ -1,8 +1,9 @@
 """Mean average precision and CMC under the Market-1501 protocol.
 
-Numpy in, numpy out; only `rerank` uses a device. Nothing is sorted but the few
-matches of each query: the rank of a match is the count of gallery images that
-are not farther away. A large gallery is scored in chunks of queries:
+All functions take and return numpy arrays; only `rerank` uses a device. Nothing
+is sorted but the few matches of each query: the rank of a match is the count of
+gallery images that are not farther away. A large gallery is scored in chunks of
+queries:
 
   summarize(rank_queries(distances(rows), ...) for rows in chunks)
 """
@@ -49,11 +50,19 @@ def evaluate_rank(
 
   Gallery images of the query's identity and camera are left out, and so is a
   query without any other match. Pids have no special values: drop junk (-1)
-  before, leave distractors (0) in the gallery.
+  before, and leave distractors (0) in the gallery.
 
   Equal distances form one group, so the order of the gallery does not matter:
   average precision is scikit-learn's, and the first and last match rank behind
   the wrong images at the same distance (a constant feature earns nothing).
+
+  Args:
+    distances: the distance of each query to each gallery image.
+    query_pids: the identity of each query.
+    gallery_pids: the identity of each gallery image.
+    query_camids: the camera of each query.
+    gallery_camids: the camera of each gallery image.
+    max_rank: the last rank of the CMC.
 
   Raises:
     UserError: shapes differ, a distance is NaN, or no query has a match.
@@ -74,7 +83,7 @@ def rank_queries(
   query_camids: Int[np.ndarray, " q"],
   gallery_camids: Int[np.ndarray, " g"],
 ) -> QueryRanks:
-  """`evaluate_rank` for each query by itself; any part of the queries."""
+  """Scores each query by itself; the arguments are those of `evaluate_rank`."""
   distances = np.ascontiguousarray(distances)
   if distances.dtype == np.float16:  # which numba does not know
     distances = distances.astype(np.float32)
@@ -101,7 +110,7 @@ def rank_queries(
 
 
 def summarize(parts: Iterable[QueryRanks], max_rank: int = 50) -> RankMetrics:
-  """Averages over the valid queries of all parts."""
+  """Averages the scores of all valid queries, as `evaluate_rank` does."""
   ap, first_match, inp = map(np.concatenate, zip(*parts, strict=True))
   valid = first_match > 0
   if not valid.any():
@@ -152,7 +161,7 @@ def _rank_row(row, same_pid, is_match):
 @no_type_check
 @numba.njit(cache=True)
 def _count_not_beyond(matches, row):
-  """How many distances of a row are <= each of the ascending matches."""
+  """Counts the distances of a row that are <= each of the ascending matches."""
   nearest, farthest = matches[0], matches[-1]
   # Most distances fall into a narrow bucket without a match, and need no
   # search. Rounding is harmless: the bucket never decreases with the distance.

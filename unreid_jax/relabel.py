@@ -7,11 +7,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
-from unreid_jax import UserError, evaluate
+from unreid_jax import UserError, encode
 from unreid_jax.data import Split
-from unreid_jax.pseudo_labels.clustering import Labelling, describe
+from unreid_jax.methods import Labels
+from unreid_jax.pseudo_labels.clustering import describe
 from unreid_jax.state import Parts, TrainState, shardings
-from unreid_jax.writer import Writer
+from unreid_jax.workdir.writer import Writer
 
 
 def make_refresh(parts: Parts, state: TrainState) -> Callable:
@@ -24,80 +25,74 @@ def relabel(
   parts: Parts,
   state: TrainState,
   refresh: Callable,
-  labels: Int[np.ndarray, " n"],
   train_set: Split,
-  mode: str,
   key: Array,
   writer: Writer,
-) -> tuple[TrainState, Int[np.ndarray, " n"]]:
-  """Encodes the train set, labels it and refreshes the method's banks.
+) -> TrainState:
+  """The state with an epoch's labels, and with banks that are made of them.
 
-  In the mode "train" the images come shuffled and augmented, in training
-  batches, and the running statistics of batch norm move on. In the mode
-  "memory" nothing is encoded: the method labels by what its state remembers.
+  If the method has no new labels, or none that can be contrasted, the last
+  epoch's labels and banks stay.
 
   Args:
     parts: of the run.
     state: before the epoch.
-    refresh: from `make_refresh`.
-    labels: of the last epoch; they stay if there are no better ones.
+    refresh: the result of `make_refresh`.
     train_set: its images, cameras and, for diagnosis, identities.
-    mode: what the method's `encode` said.
-    key: of the mode "train".
-    writer: for what is found.
+    key: the method's, of `state.keys`.
+    writer: reports what is found.
 
   Raises:
-    UserError: less than two clusters, in this epoch and in the last.
+    UserError: there are less than two clusters, in this epoch and in the last.
   """
-  config, pids, camids = parts.config, train_set.pids, train_set.camids
-  variables, features = state.variables, None
-  if mode != "memory":
-    images = train_set.images
-    variables, features = _encode(parts, state, images, mode, key, writer)
-  labelling = parts.method.label(state.method, features, camids, pids)
+  config, step = parts.config, int(state.step)
+  epoch, variables = step // config.steps_per_epoch, state.variables
+
+  def encode_all(train: bool = False):
+    nonlocal variables
+    if not train:
+      encoder = encode.Encoder(parts.card, variables, parts.apply, parts.mesh)
+      size = config.evaluate_batch_size
+      return encoder(train_set.images, size, "encode train")
+    order = np.arange(len(train_set.images))
+    np.random.default_rng(config.seed).shuffle(order)
+    run = lambda variables, images, start: parts.adapt(
+      variables, images, jax.random.fold_in(key, start)
+    )
+    variables, features = encode.encode(
+      run, variables, train_set.images, config.batch_size, "encode train", order
+    )
+    return features
+
+  found = parts.method.label(state.method, encode_all, train_set, epoch)
+  state = state.replace(batch_stats=variables["batch_stats"])
+  if found is None:
+    return state
   if jax.process_count() > 1:  # hosts must not differ by rounding
-    found = labelling.labels, dict(labelling.state)
-    found = multihost_utils.broadcast_one_to_all(found)
-    labelling = labelling._replace(labels=found[0], state=found[1])
-  _report(labelling, pids, int(state.step), writer)
-  labels = _usable(labelling.labels, labels, writer)
-  news = labelling.state if labels is labelling.labels else {}
+    decided = multihost_utils.broadcast_one_to_all((found.values, found.given))
+    found = found._replace(values=decided[0], given=decided[1])
+  _report(found, train_set.pids, step, writer)
+  if not _is_usable(found.values, np.asarray(state.labels), writer):
+    return state
   num_instances = config.sampler.num_instances
   num_ids = config.batch_size // (num_instances or config.batch_size)
-  if labels.max() + 1 < num_ids:
+  if found.values.max() + 1 < num_ids:
     writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
-  known = state.method.replace(**news)
-  banks = refresh(known, features, labels, camids)
-  stats = variables["batch_stats"]
-  return state.replace(batch_stats=stats, method=banks), labels
+  epoch_key = jax.random.fold_in(key, epoch)
+  banks = refresh(state.method, found.values, found.given, epoch_key)
+  labels = jax.device_put(found.values, state.labels.sharding)
+  return state.replace(method=banks, labels=labels)
 
 
-def _encode(parts, state, images, mode, key, writer):
-  """The variables afterwards, and the features of all images."""
-  config, order = parts.config, np.arange(len(images))
-  batch_size = config.evaluate_batch_size
-  if mode == "train":
-    batch_size = config.batch_size
-    np.random.default_rng(config.seed).shuffle(order)
-  return evaluate.encode(
-    parts.encode[mode],
-    state.variables,
-    images,
-    order,
-    batch_size,
-    key,
-    "encode train",
-    writer.track,
-  )
-
-
-def _usable(labels, previous, writer):
-  """The labels, or the last epoch's if there is nothing to contrast."""
+def _is_usable(
+  labels: Int[np.ndarray, " n"], previous: Int[np.ndarray, " n"], writer: Writer
+) -> bool:
+  """Whether there are two clusters; if not, the last epoch's must do."""
   if labels.max(initial=-1) > 0:
-    return labels
+    return True
   if previous.max(initial=-1) > 0:
     writer.log("  less than two clusters: the last epoch's labels stay")
-    return previous
+    return False
   raise UserError(
     f"{labels.max(initial=-1) + 1} cluster(s) of {len(labels)} images, and two "
     "are needed: the features are all alike or all apart; start from "
@@ -105,21 +100,20 @@ def _usable(labels, previous, writer):
   )
 
 
-def _report(labelling: Labelling, pids, step: int, writer: Writer) -> None:
+def _report(found: Labels, pids, step: int, writer: Writer) -> None:
   """Writes what is known of the labels, from the first step that uses them."""
-  labels = labelling.labels
-  if labels.max(initial=-1) + 1 == len(labels) and not labelling.seconds:
-    return  # every image for itself, and nobody tried to cluster them
-  found = describe(labels, pids if (pids >= 0).all() else None)
-  writer.write(step + 1, "cluster", found | labelling.scalars)
-  text = f"{found['clusters']:,} clusters, {found['outliers']:,} outliers"
-  if found["clusters"]:
-    text += f", {found['size_min']:.0f} to {found['size_max']:.0f} images each "
-    text += f"(median {found['size_median']:.0f})"
+  if not found.clustered:
+    return
+  truth = describe(found.values, pids if (pids >= 0).all() else None)
+  writer.write(step + 1, "cluster", truth | found.figures)
+  text = f"{truth['clusters']:,} clusters, {truth['outliers']:,} outliers"
+  if truth["clusters"]:
+    text += f", {truth['size_min']:.0f} to {truth['size_max']:.0f} images each "
+    text += f"(median {truth['size_median']:.0f})"
   names = ("NMI", "ARI", "precision", "recall")
-  true = [f"{name} {100 * found[name]:.1f}" for name in names if name in found]
-  seconds = [f"{name} {s:.1f} s" for name, s in labelling.seconds.items()]
+  true = [f"{name} {100 * truth[name]:.1f}" for name in names if name in truth]
+  seconds = [f"{name} {s:.1f} s" for name, s in found.seconds.items()]
   writer.log(f"{'cluster':<20}{text}")
-  for parts in (true, seconds, labelling.notes):
+  for parts in (true, seconds, found.notes):
     if parts:
       writer.log(f"{'':<20}{'  '.join(parts)}")

@@ -18,7 +18,7 @@ def rerank(
   k2: int = 6,
   lambda_value: float = 0.3,
 ) -> Float[np.ndarray, "q g"]:
-  """Re-ranked distances: Jaccard, mixed with the original distance.
+  """Re-ranked distances: Jaccard distances, mixed with the original ones.
 
   As everywhere in the field, the original distance is the *fourth* power of the
   Euclidean one (squared distances are handed over and squared again), divided
@@ -26,11 +26,12 @@ def rerank(
   of the size of the result is held.
 
   Args:
-    query: unit features.
-    gallery: unit features.
-    k1: neighbours of an image, itself not included.
-    k2: neighbours, itself included, whose encodings are averaged; 1: none.
-    lambda_value: weight of the original distance.
+    query: unit features of the queries.
+    gallery: unit features of the gallery.
+    k1: how many neighbours an image has, itself not included.
+    k2: over how many neighbours, the image included, an encoding is averaged;
+      1: none.
+    lambda_value: the weight of the original distance.
 
   Returns:
     f32[q, g], smaller is nearer.

@@ -15,7 +15,7 @@ COPY = P()  # parameters: everywhere the same
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-  """One axis, "data", over the first `num_devices` devices (0: all)."""
+  """One axis, "data", over the first `num_devices` devices, or over all (0)."""
   devices = jax.devices()
   if not 0 <= num_devices <= len(devices):
     raise UserError(
@@ -28,8 +28,10 @@ def make_mesh(num_devices: int = 0) -> Mesh:
   )
 
 
-def per_shard(function: Callable, in_specs, out_specs) -> Callable:
-  """`jax.shard_map` over the mesh of `jax.set_mesh`, or over one device."""
+def per_shard(
+  function: Callable, in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]
+) -> Callable:
+  """Maps shards over the mesh of `jax.set_mesh`, or over one device."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     mesh = make_mesh(1)
@@ -46,7 +48,7 @@ def constrain_rows(array: jax.Array) -> jax.Array:
 
 
 def put_rows(mesh: Mesh, array: np.ndarray, rows: np.ndarray) -> jax.Array:
-  """`array[rows]` on the devices, of which each reads only its own part."""
+  """Puts `array[rows]` on the devices; each reads only its own part."""
   return jax.make_array_from_callback(
     (len(rows), *array.shape[1:]),
     NamedSharding(mesh, ROWS),

@@ -1,6 +1,5 @@
 """From a config to what a run is made of: its parts and its first state."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
@@ -9,49 +8,60 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from unreid_jax import (
-  UserError,
-  memory,
-  methods,
-  models,
-  optim,
-  sharding,
-)
+from unreid_jax import encode, methods, models, optim, sharding, values
 from unreid_jax.data import augment
-from unreid_jax.methods import Method
+from unreid_jax.methods import Batch, Method
 from unreid_jax.models import pretrained
 
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
 class TrainState:
-  """Everything that a step changes: arrays, and nothing else."""
+  """Everything that a run changes: arrays, and nothing else.
+
+  `labels` are the pseudo labels of all train images; `sums` are the figures of
+  the epoch's steps so far, added up.
+  """
 
   step: Int[Array, ""]
   params: Any
   batch_stats: Any
   opt_state: Any
   method: Any
+  labels: Int[Array, " n"]
+  sums: dict[str, Float[Array, ""]]
 
   @property
-  def variables(self) -> dict:
-    """What the encoder is applied to."""
+  def variables(self) -> dict[str, Any]:
+    """What the encoder is applied to; the first part of a checkpoint."""
     return {"params": self.params, "batch_stats": self.batch_stats}
+
+  @property
+  def training(self) -> dict[str, Any]:
+    """All else; the second part of a checkpoint."""
+    return {k: v for k, v in vars(self).items() if k not in self.variables}
 
 
 class Parts(NamedTuple):
   """What a run is made of; none of it changes."""
 
-  config: ConfigDict
+  config: ConfigDict  # durations in steps
   mesh: Mesh
-  encoder: Any
-  method: Method  # `distance` is jitted
+  card: dict  # what builds the encoder
+  module: Any  # the encoder's network
+  method: Method
   optimizer: optax.GradientTransformation
   augment: Callable  # (key, images u8) -> images f32
-  encode: dict[str, Callable]  # batch-norm mode -> jitted encode step
+  apply: Callable  # (variables, images u8) -> features; jitted, at test time
+  adapt: Callable  # (variables, images u8, key) -> variables, features; jitted
+  distance: Callable  # the method's, jitted
+
+  def encoder(self, state: TrainState) -> encode.Encoder:
+    """The encoder as the state has it."""
+    return encode.Encoder(self.card, state.variables, self.apply, self.mesh)
 
 
 def make_parts(config: ConfigDict) -> Parts:
@@ -59,115 +69,100 @@ def make_parts(config: ConfigDict) -> Parts:
 
   Args:
     config: as `config.resolve` returns it.
-
-  Raises:
-    UserError: a value that is none, such as an unknown name.
   """
   mesh = jax.sharding.get_mesh()
-  for key in ("batch_size", "evaluate_batch_size"):
-    if config[key] < 1 or config[key] % mesh.size:
-      raise UserError(
-        f"{key}={config[key]} is no multiple of {mesh.size} devices: change "
-        "it or num_devices"
-      )
-  counts = {name: config[name] for name in ("epochs", "steps_per_epoch")}
-  num_instances = config.sampler.num_instances
-  for name, value in {**counts, "sampler.num_instances": num_instances}.items():
-    if value < 0:
-      raise UserError(f"{name} is {value}: set it to 0 or more")
-  if num_instances and config.batch_size % num_instances:
-    raise UserError(
-      f"batch_size={config.batch_size} is no multiple of "
-      f"sampler.num_instances={num_instances}: change either"
-    )
-  if memory.ROW_MULTIPLE % mesh.size:
-    raise UserError(
-      f"{mesh.size} devices cannot share a bank: set num_devices to a power "
-      f"of two, {memory.ROW_MULTIPLE} at most"
-    )
-  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
-  encoder = models.make(**options)
-  augment_images = functools.partial(augment.augment, **config.augment)
   copies = NamedSharding(mesh, sharding.COPY)
-  method = methods.make(**config.method.to_dict())
+  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
+  module = models.make(**options)
+  mean, std = module.backbone.mean, module.backbone.std
+  with values.section("method"):
+    method = methods.make(**config.method.to_dict())
+
+  def transform(key, images):
+    return augment.augment(key, images, **config.augment, mean=mean, std=std)
+
+  def adapt(variables, images, key):
+    features, updated = module.apply(
+      variables, transform(key, images), train=True, mutable=["batch_stats"]
+    )
+    return variables | updated, features
+
+  size = config.dataset.height, config.dataset.width
   return Parts(
     config=config,
     mesh=mesh,
-    encoder=encoder,
-    method=method._replace(
-      distance=jax.jit(method.distance, out_shardings=copies)
-    ),
+    card=encode.make_card(options, *size),
+    module=module,
+    method=method,
     optimizer=optim.make(**config.optim),
-    augment=augment_images,
-    encode={
-      mode: jax.jit(step(encoder, augment_images), out_shardings=copies)
-      for mode, step in _ENCODE_STEPS.items()
-    },
+    augment=transform,
+    apply=encode.make_apply(module, mesh),
+    adapt=jax.jit(adapt, out_shardings=copies),
+    distance=jax.jit(method.distance, out_shardings=copies),
   )
 
 
 def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
-  """The state before the first step, with the encoder's `weights` if any."""
-  config, mesh = parts.config, parts.mesh
-  key, method_key = jax.random.split(jax.random.key(config.seed))
+  """The state before the first step.
+
+  Args:
+    parts: of the run.
+    num_images: how many train images there are.
+    weights: a file with the encoder's weights; "" draws them.
+
+  Raises:
+    UserError: encoder, method and images do not go together.
+  """
+  config, mesh, module = parts.config, parts.mesh, parts.module
+  key, method_key = keys(config.seed)
   shape = (config.dataset.height, config.dataset.width, 3)
   # On a CPU, full optimisation takes longer to compile and draws the same bits.
   on_cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
-  init_encoder = jax.jit(parts.encoder.init, compiler_options=options)
-  variables = init_encoder(key, jnp.zeros((1, *shape)))
+  init_module = jax.jit(module.init, compiler_options=options)
+  variables = init_module(key, jnp.zeros((1, *shape), jnp.float32))
   if weights:
-    variables = pretrained.load(weights, variables)
-  images = jax.ShapeDtypeStruct((num_images, *shape), jnp.float32)
-  features = jax.eval_shape(parts.encoder.apply, variables, images)
-  init = jax.jit(lambda key: parts.method.init(key, features))
+    variables = pretrained.load(weights, module, variables)
+  if config.encoder.dtype == "float64":
+    variables = jax.tree.map(lambda x: x.astype(float), variables)
+  features, one_batch = (
+    jax.eval_shape(
+      module.apply, variables, jax.ShapeDtypeStruct((n, *shape), jnp.float32)
+    )
+    for n in (num_images, config.batch_size)
+  )
+  method = jax.jit(lambda key: parts.method.init(key, features))(method_key)
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     opt_state=jax.jit(parts.optimizer.init)(variables["params"]),
-    method=init(method_key),
+    method=method,
+    labels=jnp.full(num_images, -1, jnp.int32),
+    sums=_no_figures(parts.method, method, one_batch, config.batch_size),
     **variables,
   )
   return jax.device_put(state, shardings(mesh, state))
 
 
-def shardings(mesh: Mesh, tree):
+def keys(seed: int) -> tuple[Array, Array]:
+  """The keys of a run: of the encoder and the steps, and of the method."""
+  return tuple(jax.random.split(jax.random.key(seed)))
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
   """Where each array belongs: a bank's rows are split, the rest is copied."""
   rows = NamedSharding(mesh, sharding.ROWS)
   copies = NamedSharding(mesh, sharding.COPY)
-
-  def of(x):
-    is_split = not x.sharding.is_fully_replicated
-    return rows if is_split else copies
-
-  return jax.tree.map(of, tree)
+  is_copied = lambda x: x.sharding.is_fully_replicated
+  return jax.tree.map(lambda x: copies if is_copied(x) else rows, tree)
 
 
-def _eval_step(encoder, augment_images):
-  """Test-time transform, running statistics."""
-  del augment_images
-
-  def step(variables, images, key):
-    del key
-    images = augment.normalise(images)
-    return variables, encoder.apply(variables, images, train=False)
-
-  return step
-
-
-def _train_step(encoder, augment_images):
-  """Training transform, batch statistics; the running ones move on."""
-
-  def step(variables, images, key):
-    features, updated = encoder.apply(
-      variables,
-      augment_images(key, images),
-      train=True,
-      mutable=["batch_stats"],
-    )
-    return variables | updated, features
-
-  return step
-
-
-# step(variables, images u8, key) -> variables, features
-_ENCODE_STEPS = {"eval": _eval_step, "train": _train_step}
+def _no_figures(method, state, features, batch_size):
+  """A zero for each figure of the method's step, and for the loss."""
+  integer = jax.ShapeDtypeStruct((), jnp.int32)
+  rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  images = jax.ShapeDtypeStruct((batch_size, 1, 1, 3), jnp.uint8)
+  batch = Batch(images, rows, rows, rows, integer, integer)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  loss, (_, figures) = jax.eval_shape(method.step, state, features, batch, key)
+  figures = {"loss": loss} | figures
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), figures)

@@ -2,106 +2,45 @@
 
 import contextlib
 import functools
-import pathlib
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, evaluate, sharding
-from unreid_jax.checkpoint import Checkpoints, Preemption
-from unreid_jax.config import check_workdir, resolve, write_config
+from unreid_jax import UserError, data, encode, methods, sharding
+from unreid_jax.config import check, resolve
 from unreid_jax.data import sampler
-from unreid_jax.methods import Batch
+from unreid_jax.evaluate import evaluate, export_features
+from unreid_jax.preemption import Preemption
 from unreid_jax.relabel import make_refresh, relabel
-from unreid_jax.state import (
-  Parts,
-  TrainState,
-  first_state,
-  make_parts,
-  shardings,
-)
-from unreid_jax.writer import Writer
+from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
+from unreid_jax.step import compile_step
+from unreid_jax.workdir import Workdir
+from unreid_jax.workdir.checkpoints import Checkpoints
+from unreid_jax.workdir.writer import Writer
 
 
 class Interrupted(Exception):
   """A signal asked the run to stop, and it did, with everything saved."""
 
 
-def make_train_step(parts: Parts) -> Callable:
-  """`step(state, batch, key) -> state, metrics`, pure, for any mesh."""
-
-  def train_step(state: TrainState, batch: Batch, key: Array):
-    step_key = jax.random.fold_in(key, state.step)
-    augment_key, method_key = jax.random.split(step_key)
-    images = parts.augment(augment_key, batch.images)
-
-    def loss_of(params):
-      features, updated = parts.encoder.apply(
-        {"params": params, "batch_stats": state.batch_stats},
-        images,
-        train=True,
-        mutable=["batch_stats"],
-      )
-      loss, metrics = parts.method.loss(
-        state.method, features, batch, method_key
-      )
-      return loss, (features, updated["batch_stats"], metrics)
-
-    grad = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (features, batch_stats, metrics)), grads = grad(state.params)
-    updates, opt_state = parts.optimizer.update(
-      grads, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    new_state = TrainState(
-      step=state.step + 1,
-      params=params,
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-      method=parts.method.update(state.method, features, batch, method_key),
-    )
-    norms = {
-      "grad_norm": optax.tree.norm(grads),
-      "param_norm": optax.tree.norm(params),
-    }
-    return new_state, {"loss": loss} | norms | metrics
-
-  return train_step
-
-
-def compile_step(parts: Parts, state: TrainState, key: Array) -> Callable:
-  """The train step for this state, compiled; it gives the old state away."""
-  config, mesh = parts.config, parts.mesh
-  array = functools.partial(
-    jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, sharding.ROWS)
-  )
-  shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
-  indices = array(shape[:1], jnp.int32)
-  batch = Batch(array(shape, jnp.uint8), indices, indices, indices)
-  out = shardings(mesh, state), NamedSharding(mesh, sharding.COPY)
-  step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=out)
-  return step.lower(state, batch, key).compile()
-
-
-def train(config: ConfigDict, workdir: str) -> None:
-  """Trains, evaluates and saves; goes on from WORKDIR's last checkpoint.
+def train(config: ConfigDict, path: str) -> None:
+  """Trains, evaluates and saves; goes on from the last checkpoint in `path`.
 
   Raises:
     UserError: bad input, or a loss, gradient or weight that is not finite.
     Interrupted: a signal asked to stop; the same call goes on.
   """
   with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
-    check_workdir(workdir, config)
-    make_parts(resolve(config, 1))  # mistakes show before the data are read
+    mesh = sharding.make_mesh(config.num_devices)
+    stack.enter_context(jax.set_mesh(mesh))
+    check(config, mesh.size)
+    workdir = Workdir(path)
+    workdir.check(config)
     writer = stack.enter_context(Writer(workdir))
-    dataset = load_dataset(config, writer)
+    dataset = data.load(**config.dataset)
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
     if len(images) < config.batch_size:
@@ -123,23 +62,26 @@ def train(config: ConfigDict, workdir: str) -> None:
     is_new = checkpoints.step("last") is None
     weights = config.encoder.pretrained if is_new else ""
     state = first_state(parts, len(images), weights)
-    write_config(workdir, config)
-    labels = np.full(len(images), -1, np.int32)
+    workdir.write_config(config)
     if not is_new:
-      saved = checkpoints.restore("last", {"state": state, "labels": labels})
-      state, labels = saved["state"], np.asarray(saved["labels"])
+      variables, rest = checkpoints.restore(
+        "last", state.variables, state.training
+      )
+      state = state.replace(**variables, **rest)
     step, end = int(state.step), config.epochs * steps_per_epoch
+    score_state = lambda state, step: report_scores(
+      parts.encoder(state), parts.distance, dataset, step,
+      config.evaluate_batch_size, writer,
+    )  # fmt: skip
     checkpoints.forget("best", after=step)
     writer.resume(step)
     if step:
       writer.log(f"goes on after step {step} of {end}")
     elif dataset.query is not None:
-      writer.write(0, "evaluate", evaluate_state(parts, state, dataset, writer))
+      writer.write(0, "evaluate", score_state(state, 0))
 
-    key, fill_key = jax.device_put(
-      tuple(jax.random.split(jax.random.key(config.seed))),
-      NamedSharding(parts.mesh, sharding.COPY),
-    )
+    copies = NamedSharding(mesh, sharding.COPY)
+    key, method_key = jax.device_put(keys(config.seed), copies)
     train_step = compile_step(parts, state, key) if step < end else None
     refresh = make_refresh(parts, state)
     due = {
@@ -150,16 +92,19 @@ def train(config: ConfigDict, workdir: str) -> None:
     stop = False
     while step < end and not stop:
       epoch, done = divmod(step, steps_per_epoch)
-      if done == 0 and (mode := parts.method.encode(epoch)):
-        at_hand = (refresh, labels, dataset.train, mode, fill_key, writer)
-        state, labels = relabel(parts, state, *at_hand)
+      if done == 0:
+        state = relabel(
+          parts, state, refresh, dataset.train, method_key, writer
+        )
+      labels = np.asarray(state.labels)
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
       pause = min(end, *(step - step % every + every for every in pauses))
       rows_of_steps = plan(labels, camids, epoch)[done : done + pause - step]
       title, latest = f"epoch {epoch + 1}/{config.epochs}", None
+      arrays = {"images": images, "indices": indices, "labels": labels}
+      arrays["camids"] = camids
       for rows in writer.track(rows_of_steps, title, scale=config.batch_size):
-        arrays = (images, indices, labels, camids)
-        batch = Batch(*(sharding.put_rows(parts.mesh, x, rows) for x in arrays))
+        batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
         previous, (state, latest) = latest, train_step(state, batch, key)
         check_finite(previous, step)  # one late: the device has work meanwhile
         step += 1
@@ -169,75 +114,99 @@ def train(config: ConfigDict, workdir: str) -> None:
         if stop := preemption.requested(step):
           break
       check_finite(latest, step)
-      saved = {"state": state, "labels": labels}
+      save = functools.partial(
+        checkpoints.save,
+        step=step,
+        card=parts.card,
+        encoder=state.variables,
+        training=state.training,
+      )
       if step % steps_per_epoch == 0:
-        report_epoch(parts, state, step, writer)
+        report_epoch(parts, state, writer)
       if step == end or step % due["evaluate"] == 0:
-        scores = evaluate_state(parts, state, dataset, writer)
+        scores = score_state(state, step)
         if scores:
           if is_best(scores, writer.history("evaluate")):
-            checkpoints.save("best", step, saved)
+            save("best")
           writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
-        checkpoints.save("last", step, saved)
+        save("last")
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
 
 
-def score(config: ConfigDict, workdir: str) -> None:
-  """Scores WORKDIR's last and best checkpoint and trains nothing."""
+def score(config: ConfigDict, path: str) -> None:
+  """Scores a workdir's last and best checkpoint and trains nothing.
+
+  The encoders are the checkpoints'; the config says which data set they are
+  scored on, and by which method's distance. The train images are not read.
+
+  Raises:
+    UserError: bad input, or there is no checkpoint.
+  """
   with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.set_mesh(sharding.make_mesh(config.num_devices)))
-    if not pathlib.Path(workdir).is_dir():
-      raise UserError(f"{workdir} is no folder: give a trained run's --workdir")
-    check_workdir(workdir, config)
-    if not list(pathlib.Path(workdir).glob("checkpoints/last/[0-9]*")):
-      raise UserError(f"{workdir} holds no checkpoint yet: train there first")
+    mesh = sharding.make_mesh(config.num_devices)
+    stack.enter_context(jax.set_mesh(mesh))
+    check(config, mesh.size)
+    workdir = Workdir(path)
+    if not workdir.newest("last"):
+      raise UserError(
+        f"{path} holds no checkpoint: give the --workdir of a trained run"
+      )
     writer = stack.enter_context(Writer(workdir))
-    dataset = load_dataset(config, writer)
-    checkpoints = stack.enter_context(Checkpoints(workdir))
-    labels = np.zeros(len(dataset.train.images), np.int32)
-    parts = make_parts(resolve(config, 1))
-    state = first_state(parts, len(labels), weights="")
-    rows = {}
+    copies = NamedSharding(mesh, sharding.COPY)
+    method = methods.make(**resolve(config, 1).method.to_dict())
+    distance = jax.jit(method.distance, out_shardings=copies)
+    rows, dataset = {}, None
     for which in ("last", "best"):
-      step = checkpoints.step(which)
-      if step is not None and step not in rows:
-        saved = checkpoints.restore(which, {"state": state, "labels": labels})
-        scores = evaluate_state(parts, saved["state"], dataset, writer)
-        rows[step] = {"step": step} | scores
+      found = workdir.newest(which)
+      if not found or found.name in rows:
+        continue
+      encoder = encode.load_encoder(found)
+      dataset = dataset or load_test_set(config, encoder)
+      batch_size, step = config.evaluate_batch_size, int(found.name)
+      scores = report_scores(
+        encoder, distance, dataset, step, batch_size, writer
+      )
+      rows[found.name] = {"step": step} | scores
     writer.table(list(rows.values()))
 
 
-def load_dataset(config: ConfigDict, writer: Writer) -> data.Dataset:
-  """The images of `config.dataset`, decoded or from the cache."""
-  return data.load(**config.dataset, track=writer.track)
+def load_test_set(config: ConfigDict, encoder: encode.Encoder) -> data.Dataset:
+  """Queries and gallery at the encoder's size; without any, the train set."""
+  size = {name: encoder.card[name] for name in ("height", "width")}
+  load = functools.partial(data.load, **config.dataset.to_dict() | size)
+  dataset = load(splits=("query", "gallery"))
+  return load(splits=("train",)) if dataset.query is None else dataset
 
 
-def evaluate_state(
-  parts: Parts, state: TrainState, dataset: data.Dataset, writer: Writer
+def report_scores(
+  encoder: encode.Encoder,
+  distance: methods.Distance,
+  dataset: data.Dataset,
+  step: int,
+  batch_size: int,
+  writer: Writer,
 ) -> dict[str, float]:
-  """Scores the encoder; without queries, exports the train set's features."""
-  step = int(state.step)
+  """Scores an encoder; without queries, exports the train set's features."""
   if dataset.query is None:
-    path = writer.folder / "features.npz"
-    evaluate.export_features(parts, state, dataset.train, path, writer.track)
+    path = writer.workdir.features
+    export_features(encoder, dataset.train, batch_size, path)
     writer.log(f"{f'step {step}':<20}features are in {path}")
     return {}
-  scores = evaluate.evaluate(parts, state, dataset, writer.track)
+  scores = evaluate(encoder, distance, dataset, batch_size)
   text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
   writer.log(f"{f'step {step}':<20}{text}")
   return scores
 
 
-def report_epoch(
-  parts: Parts, state: TrainState, step: int, writer: Writer
-) -> None:
-  """Writes what the method has gathered in an epoch, if anything."""
-  scalars, notes = parts.method.report(state.method)
-  if scalars:
-    writer.write(step, "epoch", scalars)
+def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:
+  """Writes what the method has to say of an epoch's figures, if anything."""
+  num = parts.config.steps_per_epoch
+  means = {k: float(x) / num for k, x in jax.device_get(state.sums).items()}
+  if notes := parts.method.notes(means):
+    writer.write(int(state.step), "epoch", means)
   for note in notes:
     writer.log(f"{'':<20}{note}")
 
@@ -248,11 +217,11 @@ def is_best(scores: dict[str, float], history: list[dict]) -> bool:
   return bool(scores) and all(scores["mAP"] > x["mAP"] for x in trained)
 
 
-def check_finite(metrics: dict[str, Array] | None, step: int) -> None:
+def check_finite(figures: dict[str, Array] | None, step: int) -> None:
   """Stops a run that is not finite any more, before it is saved."""
   for name in ("loss", "grad_norm", "param_norm"):
-    if metrics and not np.isfinite(metrics[name]):
+    if figures and not np.isfinite(figures[name]):
       raise UserError(
-        f"{name} is {metrics[name]} at step {step}: the run stops, its last "
+        f"{name} is {figures[name]} at step {step}: the run stops, its last "
         "good checkpoint stays; lower optim.lr, in a new --workdir"
       )

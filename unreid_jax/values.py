@@ -34,7 +34,8 @@ class Range(NamedTuple):
   open_low: bool = False
   open_high: bool = False
 
-  def holds(self, value: float) -> bool:
+  def holds(self, value: numbers.Real) -> bool:
+    """Whether a value lies within."""
     above = value > self.low if self.open_low else value >= self.low
     return above and (
       value < self.high if self.open_high else value <= self.high
@@ -99,10 +100,10 @@ def check(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     if key not in kinds:
       raise BadValue(key, f"is unknown here; there are: {', '.join(kinds)}")
     kind = kinds[key]
-    nested = _mark(kind, Nested)
-    if nested and isinstance(value, Mapping):
+    nested = nested_fields(kind, value)
+    if nested is not None:
       with section(key):
-        check(nested.fields(value), value)
+        check(nested, value)
     elif hint := _objection(kind, value):
       shown = f'"{value}"' if isinstance(value, str) else str(value)
       raise BadValue(key, f"is {shown}: set it to {hint}")
@@ -123,6 +124,12 @@ def section(name: str) -> Iterator[None]:
     yield
   except BadValue as bad:
     raise BadValue(f"{name}.{bad.key}", bad.problem) from None
+
+
+def nested_fields(kind: Any, value: Any) -> Mapping[str, Any] | None:
+  """The types of the keys of a mapping; None for any other value."""
+  mark = _mark(kind, Nested)
+  return mark.fields(value) if mark and isinstance(value, Mapping) else None
 
 
 def has(kind: Any, mark: object) -> bool:
@@ -154,8 +161,8 @@ _TYPES = {bool: bool, str: str, int: numbers.Integral, float: numbers.Real}
 
 
 def _mark(kind, of):
-  found = (x for x in getattr(kind, "__metadata__", ()) if isinstance(x, of))
-  return next(found, None)
+  marks = getattr(kind, "__metadata__", ())
+  return next((x for x in reversed(marks) if isinstance(x, of)), None)
 
 
 def _objection(kind, value) -> str | None:

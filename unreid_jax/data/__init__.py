@@ -3,12 +3,15 @@
 import functools
 import importlib
 import pathlib
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Collection
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.data import datasets, synthetic
 from unreid_jax.data.images import (
   IMAGE_SUFFIXES,
   Dataset,
@@ -18,101 +21,89 @@ from unreid_jax.data.images import (
   load_split,
   resize,
 )
+from unreid_jax.values import Count, CountOrNone, Free
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ["Dataset", "Split", "load", "names"]
 
-_BUILDERS = {
-  "market1501": "Market1501",
-  "msmt17": "MSMT17",
-  "cuhk03_np": "CUHK03NP",
-  "dukemtmc": "DukeMTMCReID",
-  "personx": "PersonX",
-}
+
+def names() -> list[str]:
+  """Every dataset that `load` knows."""
+  modules = [module.name for module in pkgutil.iter_modules(datasets.__path__)]
+  modules.remove("layout")  # what the others share
+  return ["synthetic", "folder", *modules]
 
 
 def load(
-  name: str,
+  name: Annotated[str, values.OneOf(names)],
   *,
-  height: int,
-  width: int,
-  root: str = "",
-  cache_dir: str = "",
-  on_corrupt: str = "error",
+  height: Count,
+  width: Count,
+  root: Free[str] = "",
+  cache_dir: Free[str] = "",
+  on_corrupt: Literal["error", "skip"] = "error",
   version: str = "",
-  seed: int = 0,
-  track: Callable = lambda items, description, total: items,
+  seed: CountOrNone = 0,
+  splits: Collection[str] = Dataset._fields,
 ) -> Dataset:
-  """Reads a dataset, resized; decoded images are kept in a cache.
+  """Reads a dataset and resizes its images.
+
+  Decoded images are kept in a cache, which may be deleted at any time. It is
+  not used any more once the source has changed.
 
   Args:
     name: "synthetic", "folder", or a module of `data.datasets`.
-    height: of every image, in pixels.
-    width: likewise.
-    root: the unpacked set, the folder that holds it, or its zip; for "folder"
-      a directory of crops, whose first sub-folders are cameras, if there are
-      any: these have no identities (pid -1), no queries and no gallery.
-    cache_dir: ~/.cache/unreid_jax if empty. What it holds may be deleted, and
-      is not used for a source that has changed since.
-    on_corrupt: "error", or "skip" to leave out images that cannot be read.
-    version: of CUHK03-NP "detected" or "labeled", of MSMT17 "V1" or "V2".
-    seed: of the synthetic set.
-    track: `track(iterable, description, total)` yields the items and draws a
-      progress bar.
+    height: the height of every image, in pixels.
+    width: the width of every image, in pixels.
+    root: the unpacked set, the folder that holds it, or its zip. For "folder",
+      a directory of crops, in which each sub-folder is a camera: it has a train
+      split only, without identities (pid -1).
+    cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
+    on_corrupt: what to do about an image that cannot be read: raise an error,
+      or leave it out.
+    version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.
+    seed: the random seed from which the synthetic set is drawn.
+    splits: the splits to decode or draw; the others are None.
 
   Raises:
-    UserError: the set is not there or not as expected; see the builders.
+    UserError: the set is missing or is not laid out as expected.
   """
+  values.check(values.fields(load), {"name": name})
   if name == "synthetic":
-    return _synthetic(height, width, seed, track)
-  if name not in ("folder", *_BUILDERS):
-    known = ", ".join(("synthetic", "folder", *_BUILDERS))
-    raise UserError(f'dataset.name is "{name}": set it to one of {known}')
+    return _synthetic(height, width, seed, splits)
   cache_dir = pathlib.Path(cache_dir or "~/.cache/unreid_jax").expanduser()
+  files, open_reader = _open(name, root, version, cache_dir / "tfds")
+  options = {"height": height, "width": width, "on_corrupt": on_corrupt}
+  options |= {"cache_dir": cache_dir}
+
+  def read(split):
+    open_split = functools.partial(open_reader, split)
+    label = f"{name}-{split}"
+    return load_split(files[split], open_split, name=label, **options)
+
+  wanted = files.keys() & set(splits)
+  return Dataset(*(read(x) if x in wanted else None for x in Dataset._fields))
+
+
+def _open(name, root, version, data_dir):
+  """The files of each split, and a function that opens a split's reader."""
   if name == "folder":
-    files = {"train": _list(root)}
-
-    def open_reader(split):
-      return lambda i: files[split][i].path.read_bytes()
-
-  else:
-    module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
-    builder = getattr(module, _BUILDERS[name])(
-      root=root, version=version, data_dir=cache_dir / "tfds", track=track
-    )
-    files, open_reader = builder.files, builder.open_reader
-  splits = {
-    split: load_split(
-      files[split],
-      functools.partial(open_reader, split),
-      cache_dir=cache_dir,
-      name=f"{name}-{split}",
-      height=height,
-      width=width,
-      on_corrupt=on_corrupt,
-      track=track,
-    )
-    for split in files
-  }
-  return Dataset(*map(splits.get, Dataset._fields))
+    files = _list(root)
+    return {"train": files}, lambda _: lambda i: files[i].path.read_bytes()
+  module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
+  classes = module.layout.Builder.__subclasses__()
+  make_builder = next(known for known in classes if known.name == name)
+  builder = make_builder(root=root, version=version, data_dir=data_dir)
+  return builder.files, builder.open_reader
 
 
-def _synthetic(height, width, seed, track) -> Dataset:
-  from unreid_jax.data import synthetic  # also run as a script
+def _synthetic(height, width, seed, splits) -> Dataset:
+  def resized(split):
+    images = (Image.fromarray(image) for image in split.images)
+    images = [resize(image, height, width) for image in images]
+    return split._replace(images=np.stack(images))
 
-  dataset = synthetic.make(seed, track=track)
-  return Dataset(
-    *(
-      split._replace(
-        images=np.stack(
-          [
-            resize(Image.fromarray(image), height, width)
-            for image in split.images
-          ]
-        )
-      )
-      for split in dataset
-    )
-  )
+  dataset = synthetic.make(seed, splits=splits)
+  return Dataset(*(split and resized(split) for split in dataset))
 
 
 def _list(root: str) -> list[File]:
@@ -125,10 +116,10 @@ def _list(root: str) -> list[File]:
   paths = [p for p in folder.rglob("*") if is_image(p.name) and p.is_file()]
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)})")
-  names = sorted(path.relative_to(folder).as_posix() for path in paths)
-  folders = ["/".join(name.split("/")[:-1][:1]) for name in names]
+  paths = sorted(path.relative_to(folder).as_posix() for path in paths)
+  folders = ["/".join(path.split("/")[:-1][:1]) for path in paths]
   cameras = {name: i for i, name in enumerate(sorted(set(folders)), 1)}
   return [
-    File(name, -1, cameras[camera], folder / name)
-    for name, camera in zip(names, folders, strict=True)
+    File(path, -1, cameras[camera], folder / path)
+    for path, camera in zip(paths, folders, strict=True)
   ]

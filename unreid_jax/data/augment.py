@@ -1,18 +1,22 @@
 """Normalisation and training augmentation, on the device, inside the step."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt8, UInt32
 
-from unreid_jax import UserError
+from unreid_jax.values import CountOrNone, Fraction
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+Colour = tuple[float, float, float]
 
 
-def normalise(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-  """Pixels of 0..255 to zero mean and unit variance, by ImageNet's figures."""
-  return (images / jnp.float32(255) - jnp.array(MEAN)) / jnp.array(STD)
+def normalise(
+  images: UInt8[Array, "b h w 3"], mean: Colour, std: Colour
+) -> Float[Array, "b h w 3"]:
+  """Pixels of 0..255, scaled to 0..1, less the mean, divided by `std`."""
+  scaled = images.astype(jnp.float32) / 255
+  return (scaled - jnp.float32([[[mean]]])) / jnp.float32([[[std]]])
 
 
 def augment(
@@ -20,35 +24,33 @@ def augment(
   images: UInt8[Array, "b h w 3"],
   *,
   flip: bool,
-  pad: int,
-  erase_probability: float,
-  erase_fill: str,
+  pad: CountOrNone,
+  erase_probability: Fraction,
+  erase_fill: Literal["mean", "zero"],
+  mean: Colour,
+  std: Colour,
 ) -> Float[Array, "b h w 3"]:
   """The training transform: flip, pad and crop, normalise, erase.
 
-  Each image has a key of its own, so that an image does not depend on how the
-  batch is spread over devices.
+  Each image gets a key of its own, so that the result does not depend on how
+  the batch is spread over devices.
 
   Args:
     key: one key for the batch.
-    images: pixels.
-    flip: mirror every other image, left to right.
-    pad: black pixels added on each side before a crop of the old size.
-    erase_probability: of random erasing.
-    erase_fill: "mean" writes ImageNet's mean into the already normalised image,
-      as the references do; "zero" writes what a pixel of mean colour becomes.
-
-  Raises:
-    UserError: `erase_fill` is neither.
+    images: pixels of 0..255.
+    flip: whether to mirror an image left to right, with probability 1/2.
+    pad: how many black pixels to add on each side, before a random crop of the
+      old size.
+    erase_probability: the probability of hiding a random rectangle.
+    erase_fill: what the rectangle is filled with, after normalisation: "mean"
+      is the mean colour, not normalised, as in the references; "zero" is what
+      normalisation makes of the mean colour.
+    mean: the colour that normalisation subtracts, see `normalise`.
+    std: the standard deviations by which normalisation divides.
 
   Source: train transform of alibaba/cluster-contrast-reid; Zhong et al.,
   Random Erasing, arXiv 1708.04896.
   """
-  fills = {"mean": MEAN, "zero": (0.0, 0.0, 0.0)}
-  if erase_fill not in fills:
-    raise UserError(
-      f'augment.erase_fill is "{erase_fill}": set it to "mean" or "zero"'
-    )
 
   def one(key, image):
     crop_key, erase_key = jax.random.split(key)
@@ -59,8 +61,8 @@ def augment(
 
   keys = jax.random.split(key, len(images))
   images, erased = jax.vmap(one)(keys, images)
-  fill = jnp.array(fills[erase_fill])
-  return jnp.where(erased[..., None], fill, normalise(images))
+  fill = jnp.float32([[[mean if erase_fill == "mean" else (0, 0, 0)]]])
+  return jnp.where(erased[..., None], fill, normalise(images, mean, std))
 
 
 def _flip_and_crop(
@@ -71,8 +73,8 @@ def _flip_and_crop(
 ) -> UInt8[Array, "h w 3"]:
   flip_key, crop_key = jax.random.split(key)
   height, width, _ = image.shape
-  top, left = jax.random.randint(crop_key, (2,), -pad, pad + 1)
-  rows, columns = top + jnp.arange(height), left + jnp.arange(width)
+  top, left = jax.random.randint(crop_key, (2,), -pad, pad + 1, jnp.int32)
+  rows, columns = top + _range(height), left + _range(width)
   if flip:
     mirrored = jax.random.bernoulli(flip_key)
     columns = jnp.where(mirrored, width - 1 - columns, columns)
@@ -81,7 +83,7 @@ def _flip_and_crop(
     jnp.where(index < 0, size, index)
     for index, size in ((rows, height), (columns, width))
   )
-  return image.at[rows[:, None], columns].get(mode="fill", fill_value=0)
+  return image.at[rows[:, None], columns[None]].get(mode="fill", fill_value=0)
 
 
 def erase_mask(
@@ -91,26 +93,31 @@ def erase_mask(
 ) -> Bool[Array, "h w"]:
   """The rectangle that random erasing hides in one image of `size` (h, w).
 
-  Area uniform in 2-40 % of the image, height over width uniform in 0.3-3.33,
-  drawn up to 100 times until it fits: here 100 at once, and the first that
-  fits is taken, which is the same distribution.
+  Its area is uniform in 2 to 40 % of the image, its height over its width
+  uniform in 0.3 to 3.33. The references draw up to 100 times until it fits;
+  here 100 are drawn at once, and the first that fits is taken.
   """
   fire_key, shape_key, place_key = jax.random.split(key, 3)
   area, aspect = jax.random.uniform(
     shape_key,
     (2, 100),
-    minval=jnp.array([[0.02], [0.3]]),
-    maxval=jnp.array([[0.4], [1 / 0.3]]),
+    jnp.float32,
+    minval=jnp.float32([[0.02], [0.3]]),
+    maxval=jnp.float32([[0.4], [1 / 0.3]]),
   )
   area *= size[0] * size[1]
   sides = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect])))
-  fits = (sides < jnp.array(size)[:, None]).all(0)
-  side = sides[:, jnp.argmax(fits)].astype(int)
-  start = jax.random.randint(place_key, (2,), 0, jnp.array(size) - side + 1)
-  inside = (
-    (jnp.arange(n) >= begin) & (jnp.arange(n) < begin + length)
+  fits = (sides < jnp.float32(size)[:, None]).all(0)
+  side = sides[:, jnp.argmax(fits)].astype(jnp.int32)
+  stop = jnp.int32(size) - side + 1
+  start = jax.random.randint(place_key, (2,), 0, stop, jnp.int32)
+  rows, columns = (
+    (_range(n) >= begin) & (_range(n) < begin + length)
     for n, begin, length in zip(size, start, side, strict=True)
   )
-  rows, columns = inside
-  fires = jax.random.bernoulli(fire_key, probability) & fits.any()
-  return fires & rows[:, None] & columns
+  fires = jax.random.bernoulli(fire_key, jnp.float32(probability)) & fits.any()
+  return fires & rows[:, None] & columns[None]
+
+
+def _range(size: int) -> Int32[Array, " size"]:
+  return jnp.arange(size, dtype=jnp.int32)

@@ -12,13 +12,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from unreid_jax import UserError
+from unreid_jax import UserError, progress
 
 _AT_ONCE = 256  # images decoded between two looks at what went wrong
 _UNFINISHED = ".unfinished"
@@ -27,21 +27,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class Split(NamedTuple):
-  """Images of one split, in the order of their sorted file names.
-
-  pids: 0 is a distractor, -1 unknown. camids: as in the names, from 1.
-  """
+  """Images of one split, in the order of their sorted file names."""
 
   images: UInt8[np.ndarray, "n h w 3"]
-  pids: Int32[np.ndarray, " n"]
-  camids: Int32[np.ndarray, " n"]
+  pids: Int32[np.ndarray, " n"]  # 0: a distractor; -1: unknown
+  camids: Int32[np.ndarray, " n"]  # from 1, as in the file names
   names: tuple[str, ...]
 
 
 class Dataset(NamedTuple):
-  """A train split and, where identities are known, queries and a gallery."""
+  """The splits of a set; None: it has no such split, or it is not loaded."""
 
-  train: Split
+  train: Split | None
   query: Split | None
   gallery: Split | None
 
@@ -61,9 +58,10 @@ class File(NamedTuple):
 
 
 def fingerprint(files: Sequence[File]) -> str:
-  """Sixteen hex digits that change when a file is added, moved or changed.
+  """Sixteen hex digits that change when a file is added, renamed or changed.
 
-  Made from names, sizes and times of change, or in a zip from checksums.
+  They are made from names, sizes and times of change; in a zip, from checksums
+  instead of times.
 
   Raises:
     UserError: a file is missing.
@@ -89,7 +87,7 @@ def _state(path: pathlib.Path | zipfile.Path) -> tuple[int, int]:
 def resize(
   image: Image.Image, height: int, width: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """RGB, bicubic and antialiased, as Pillow and so torchvision do it."""
+  """RGB of that size, by Pillow's bicubic filter, as torchvision does it."""
   size = (width, height)
   return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
@@ -102,37 +100,32 @@ def load_split(
   name: str,
   height: int,
   width: int,
-  on_corrupt: str = "error",
-  track: Callable = lambda items, description, total: items,
+  on_corrupt: Literal["error", "skip"] = "error",
 ) -> Split:
   """The images of some files, decoded into the cache unless they are there.
 
-  The cache entry is a folder, renamed into place when it is complete; its name
-  holds the size and the fingerprint of the files.
+  An entry of the cache is a folder, which gets its name when it is complete.
+  The name holds the size of the images and the fingerprint of the files.
 
   Args:
-    files: in the order of the split.
-    open_reader: called if the cache has no entry; returns a function from a
-      position in `files` to encoded bytes, which several threads call at once.
-    cache_dir: where entries are kept; any of them may be deleted.
-    name: of the entry, for people who look into the cache.
-    height: of every image, in pixels.
-    width: likewise.
-    on_corrupt: "error", or "skip" to leave unreadable images out.
-    track: draws the progress bar.
+    files: the images, in the order of the split.
+    open_reader: called if the cache has no such entry. It returns a function
+      from a position in `files` to an encoded image, which several threads
+      call at once.
+    cache_dir: the folder of the cache; what it holds may be deleted.
+    name: how the entry's name begins, for people who look into the cache.
+    height: the height of every image, in pixels.
+    width: the width of every image, in pixels.
+    on_corrupt: "skip" leaves out the images that cannot be decoded.
 
   Raises:
-    UserError: an image cannot be decoded, or with "skip" none can.
+    UserError: an image cannot be decoded; with "skip", none of them can.
   """
-  if on_corrupt not in ("error", "skip"):
-    raise UserError(
-      f'dataset.on_corrupt is "{on_corrupt}": set it to "error" or "skip"'
-    )
   entry = f"{name}-{height}x{width}-{fingerprint(files)}"
   folder = pathlib.Path(cache_dir, "images", entry)
   if not folder.exists():
     rows = _decode(files, open_reader(), height, width)
-    rows = track(rows, f"decode {name}", len(files))
+    rows = progress.track(rows, f"decode {name}", len(files))
     _write(folder, rows, (height, width, 3), on_corrupt)
   corrupt = dict(json.loads((folder / "corrupt.json").read_text()))
   if corrupt:
@@ -147,7 +140,7 @@ def load_split(
 
 
 def _decode(files, read, height, width):
-  """Yields for each file an array, or a line that says why there is none."""
+  """Yields each file's pixels, or a line that says why it has none."""
 
   def decode(i):
     try:
@@ -164,7 +157,7 @@ def _decode(files, read, height, width):
 
 
 def _write(folder, rows, shape, on_corrupt) -> None:
-  """Writes a cache entry under another name, and renames it at the end."""
+  """Writes an entry under a temporary name and renames it at the end."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   for other in folder.parent.glob(f"*{_UNFINISHED}"):  # of killed runs
     if time.time() - other.stat().st_mtime > _DAY:
@@ -182,7 +175,7 @@ def _write(folder, rows, shape, on_corrupt) -> None:
 
 
 def _write_rows(path, rows, shape, on_corrupt) -> list[tuple[int, str]]:
-  """Writes the arrays among the rows; returns the others with positions."""
+  """Writes the images; returns (position, reason) of each that is missing."""
   corrupt, count = [], 0
   with open(path, "wb") as file:
     _write_header(file, (0, *shape))

@@ -3,10 +3,13 @@
 Images with a negative label, the outliers, are never drawn.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Int
 
 from unreid_jax import UserError
+from unreid_jax.values import Count, CountOrNone
 
 _NOTHING = "no image has a label >= 0: there is nothing to train on"
 
@@ -16,28 +19,28 @@ def plan(
   camids: Int[np.ndarray, " n"],
   epoch: int,
   *,
-  batch_size: int,
-  steps: int,
-  seed: int,
-  num_instances: int,
+  batch_size: Count,
+  steps: Count,
+  seed: CountOrNone,
+  num_instances: CountOrNone,
   other_camera: bool,
 ) -> Int[np.ndarray, "{steps} {batch_size}"]:
-  """The images of each step of an epoch: `by_cluster`, or else `shuffled`.
-
-  Where no two images share a label, these are shuffled in any case.
+  """The positions of the images of each step of an epoch.
 
   Args:
-    labels: of all train images.
-    camids: likewise.
-    epoch: from 0.
-    batch_size: images a step.
-    steps: of the epoch.
-    seed: of the run.
-    num_instances: of a cluster in a batch; 0 for `shuffled`.
-    other_camera: see `by_cluster`.
+    labels: the label of each train image; negative: an outlier.
+    camids: the camera of each train image.
+    epoch: the number of the epoch, from 0.
+    batch_size: the number of images in a step.
+    steps: the number of steps in the epoch.
+    seed: the random seed of the run.
+    num_instances: how many images of a cluster stand in a batch, see
+      `by_cluster`; with 0, or if no two images share a label, see `shuffled`.
+    other_camera: whether the images of a cluster should be under different
+      cameras, see `by_cluster`.
 
   Raises:
-    UserError: no image has a label.
+    UserError: all images are outliers.
   """
   rng = np.random.default_rng((seed, epoch))
   has_clusters = np.bincount(labels[labels >= 0]).max(initial=0) > 1
@@ -49,14 +52,15 @@ def plan(
   return np.stack([next(draw) for _ in range(steps)])
 
 
-def shuffled(rng: np.random.Generator, labels, batch_size: int):
-  """Yields batches without end; every image once a pass, in a new order.
+def shuffled(
+  rng: np.random.Generator, labels: Int[np.ndarray, " n"], batch_size: int
+) -> Iterator[Int[np.ndarray, " {batch_size}"]]:
+  """Yields batches without end, from passes over all images in random order.
 
-  The images of a pass's last, incomplete batch are left out; they are others
-  in each pass. Where there are fewer images than a batch needs, it repeats
-  them.
+  The last, incomplete batch of each pass is left out. If there are fewer images
+  than a batch needs, the batch repeats them.
   """
-  images = np.flatnonzero(np.asarray(labels) >= 0)
+  images = np.flatnonzero(labels >= 0)
   if not len(images):
     raise UserError(_NOTHING)
   while True:
@@ -68,43 +72,42 @@ def shuffled(rng: np.random.Generator, labels, batch_size: int):
 
 def by_cluster(
   rng: np.random.Generator,
-  labels,
-  camids,
+  labels: Int[np.ndarray, " n"],
+  camids: Int[np.ndarray, " n"],
   batch_size: int,
   num_instances: int,
   other_camera: bool = True,
-):
-  """Yields batches of some clusters x num_instances images, without end.
+) -> Iterator[Int[np.ndarray, " {batch_size}"]]:
+  """Yields batches without end, with `num_instances` images of each cluster.
 
-  A pass visits the clusters in a random order, each once; those of its last,
-  incomplete batch are left out. A cluster's images stand side by side. Where
-  there are fewer clusters than a batch needs, a batch repeats them.
+  A pass visits each cluster once, in random order; its last, incomplete batch
+  is left out. The images of a cluster stand side by side. If there are fewer
+  clusters than a batch needs, the batch repeats them.
 
-  The first image of a cluster is drawn at random, the others from its images
-  under other cameras than the first one's; if there are none, from its other
-  images. These are drawn without replacement if there are num_instances of
-  them or more. A cluster of one image yields it once, so that the clusters
-  behind it shift, and one may be cut by the border of two batches.
+  The first image of a cluster is drawn at random. The others are drawn from
+  its images under other cameras or, if there are none, from all of its other
+  images; with replacement if these are fewer than num_instances. A cluster of
+  one image yields it once: the clusters behind it move up, and one of them may
+  be cut by the border between two batches.
 
   Args:
-    rng: draws everything.
-    labels: of all images; negative: outlier.
-    camids: likewise.
-    batch_size: images a batch.
-    num_instances: images of a cluster, K; batch_size // K clusters, P.
-    other_camera: False takes the others from all of the cluster's images, as
-      the references' `--no-cam`.
+    rng: the source of all randomness.
+    labels: the label of each image; negative: an outlier.
+    camids: the camera of each image.
+    batch_size: the number of images in a batch.
+    num_instances: the number of images that a cluster of two or more yields.
+    other_camera: False draws the others under any camera, as `--no-cam` in the
+      references.
 
   Source: Ge et al., NeurIPS 2020 (RandomMultipleGallerySampler in yxgeee/SpCL
   and alibaba/cluster-contrast-reid).
   """
   order = np.argsort(labels, kind="stable")
-  order = order[np.searchsorted(np.asarray(labels)[order], 0) :]
+  order = order[np.searchsorted(labels[order], 0) :]
   if not len(order):
     raise UserError(_NOTHING)
-  borders = np.flatnonzero(np.diff(np.asarray(labels)[order])) + 1
+  borders = np.flatnonzero(np.diff(labels[order])) + 1
   clusters = np.split(order, borders)
-  camids = np.asarray(camids)
 
   def block(images):
     first = rng.choice(images)

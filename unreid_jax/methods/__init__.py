@@ -1,57 +1,188 @@
-"""A method is one file with `Hyperparameters` and `make(**hyperparameters)`.
+"""The contract of a method: one file with `Hyperparameters` and `make`.
 
 `make("selective")` imports `unreid_jax.methods.selective`; there is nothing to
-register. The defaults stand in the file's `Hyperparameters`.
+register. `Hyperparameters` is a dataclass whose fields carry their defaults and
+say by their types what they may be set to (see `unreid_jax.values`), and
+`make(**hyperparameters)` returns a `Method`, a tuple of pure functions.
+
+The loop calls them in this order. Each epoch begins with `label`, on the host.
+If it returns labels, `refresh` rebuilds the state's banks with them. Then each
+step of the epoch calls `step`, inside the gradient. `distance` ranks a gallery.
 """
 
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
-from typing import NamedTuple, no_type_check
+from collections.abc import Callable, Mapping
+from typing import (
+  Any,
+  NamedTuple,
+  Protocol,
+  no_type_check,
+  runtime_checkable,
+)
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+
+State = Any  # a pytree of arrays: a method's banks, networks and optimizers
+Features = PyTree  # what the encoder returns: unit [b, d], or a dict of such
 
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
 class Batch:
-  """One step's images, their positions in the train set and their labels."""
+  """The images of a step, and where the run is.
+
+  `indices` are their positions in the train set, `labels` their pseudo labels.
+  `step` and `epoch` count from 0.
+  """
 
   images: UInt8[Array, "b h w c"]
   indices: Int[Array, " b"]
   labels: Int[Array, " b"]
   camids: Int[Array, " b"]
+  step: Int[Array, ""]
+  epoch: Int[Array, ""]
 
 
-class Method(NamedTuple):
-  """Pure functions, in the order in which a run calls them.
+class Labels(NamedTuple):
+  """Pseudo labels of all train images, and what else an epoch begins with.
 
-  `features` is what the encoder returns: an array [b, d], or a dict of them.
-  `state` is the method's own pytree of arrays: banks, counters, networks.
-  `pids` are the true identities: for the supervised bound, and for figures of
-  diagnosis, but for nobody's labels.
-
-  `report` tells at an epoch's end what the state has gathered in its steps.
-
-  `encode` names the pass over the train set that an epoch begins with: "train"
-  or "eval", which is batch norm's mode; "memory", no pass, `label` and
-  `refresh` get None for features and work on the state; None, no new labels.
+  Attributes:
+    values: the label of each image, from 0; -1 is an outlier, which is not
+      trained on.
+    given: a pytree of arrays that `label` hands over to `refresh`, such as
+      the features that the labels were made of.
+    figures: numbers to be reported, by name.
+    seconds: how long each part took, by name.
+    notes: lines that a user should read.
+    clustered: whether the labels come from a clustering, and are worth a
+      report of their number, sizes and truth.
   """
 
-  init: Callable  # (key, features of all images as ShapeDtypeStructs) -> state
-  encode: Callable  # (epoch) -> "train", "eval", "memory" or None, see above
-  label: Callable  # (state, features, camids, pids) -> Labelling, host
-  refresh: Callable  # (state, features, labels, camids) -> state, jitted
-  loss: Callable  # (state, features, batch, key) -> loss, metrics
-  update: Callable  # (state, features, batch, key) -> state, after the gradient
-  distance: Callable  # (query, gallery, query camids, gallery camids) -> [q, g]
-  report: Callable = lambda state: ({}, ())  # -> scalars, notes; host
+  values: Int[np.ndarray, " n"]
+  given: PyTree = None
+  figures: Mapping[str, float] = {}
+  seconds: Mapping[str, float] = {}
+  notes: tuple[str, ...] = ()
+  clustered: bool = True
+
+
+class Proxies(NamedTuple):
+  """A unit vector for each cluster, to which negatives can be related."""
+
+  bank: Float[Array, "k d"]
+  num_clusters: Int[Array, ""]  # the first so many rows exist
+  temperature: float
+
+
+@runtime_checkable
+class Init(Protocol):
+  """Makes the first state."""
+
+  def __call__(self, key: Array, shapes: Features) -> State:
+    """Called once, jitted.
+
+    Args:
+      key: random; the same one for the same seed.
+      shapes: `ShapeDtypeStruct`s of the features of all n train images.
+    """
+
+
+@runtime_checkable
+class Encode(Protocol):
+  """The features of all train images; `label` calls it if it wants them."""
+
+  def __call__(self, train: bool = False) -> Features:
+    """Encodes the train set; arrays [n, ...] on the host.
+
+    Args:
+      train: whether the pass is one in training mode: shuffled, augmented, with
+        the batch norm's batch statistics, which also move the running ones.
+    """
+
+
+@runtime_checkable
+class Label(Protocol):
+  """Decides which images belong together."""
+
+  def __call__(
+    self, state: State, encode: Encode, split: Any, epoch: int
+  ) -> Labels | None:
+    """Called at each epoch's start, on the host.
+
+    Args:
+      state: the method's.
+      encode: gives the features of all train images.
+      split: the train set, a `data.Split`; its `pids` serve for diagnosis and
+        for the supervised bound alone.
+      epoch: counted from 0.
+
+    Returns:
+      The labels, or None: the last epoch's labels and banks stay as they are.
+    """
+
+
+@runtime_checkable
+class Refresh(Protocol):
+  """Rebuilds the banks for new labels."""
+
+  def __call__(
+    self, state: State, labels: Int[Array, " n"], given: PyTree, key: Array
+  ) -> State:
+    """Called after `label`, jitted; keeps shapes, dtypes and shardings.
+
+    Args:
+      state: the method's.
+      labels: `Labels.values`.
+      given: `Labels.given`.
+      key: random; another one in each epoch.
+    """
+
+
+@runtime_checkable
+class Step(Protocol):
+  """The loss of a batch, and the state after it."""
+
+  def __call__(
+    self, state: State, features: Features, batch: Batch, key: Array
+  ) -> tuple[Float[Array, ""], tuple[State, dict[str, Float[Array, ""]]]]:
+    """Called in each step, inside the gradient, which is taken in `features`.
+
+    Args:
+      state: the method's. Banks are written from their values before the step.
+      features: what the encoder has made of the batch.
+      batch: whose images these are.
+      key: random; another one in each step.
+
+    Returns:
+      The loss, and as auxiliary output the state after the step and figures of
+      it; the loop averages those over the epoch.
+
+    A method with `proxies` takes a further argument, `negatives`: logits
+    [b, e] that are added to the denominator of its loss, -inf where there is
+    none. It reports what they add to the loss as the figure "loss_negatives".
+    """
+
+
+@runtime_checkable
+class Distance(Protocol):
+  """How far apart two images are at test time."""
+
+  def __call__(
+    self,
+    query: Features,
+    gallery: Features,
+    query_camids: Int[Array, " q"],
+    gallery_camids: Int[Array, " g"],
+  ) -> Float[Array, "q g"]:
+    """The distances of some queries to a part of the gallery; jitted."""
 
 
 def euclidean_distance(
@@ -62,24 +193,54 @@ def euclidean_distance(
 ) -> Float[Array, "q g"]:
   """Squared Euclidean distance of unit features; cameras play no part."""
   del query_camids, gallery_camids
+  size_of(query)
   return 2 - 2 * jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
 
 
-def size_of(features) -> tuple[int, int]:
-  """n and d of features [n, d].
+class Method(NamedTuple):
+  """A method's functions; see the protocol of each.
+
+  Attributes:
+    init: makes the first state.
+    label: decides which images belong together.
+    refresh: rebuilds the banks.
+    step: the loss, and the state after the step.
+    distance: ranks a gallery.
+    notes: lines for the user at an epoch's end, from the means of the figures
+      of `step`; if there are any, the means are written to metrics.jsonl.
+    proxies: the clusters' proxies in a state. A method that has them can be
+      wrapped by one that adds negatives to its loss; see `Step`.
+  """
+
+  init: Init
+  label: Label
+  refresh: Refresh
+  step: Step
+  distance: Distance = euclidean_distance
+  notes: Callable[[dict[str, float]], tuple[str, ...]] = lambda means: ()
+  proxies: Callable[[State], Proxies] | None = None
+
+
+def one_each(num: int, given: PyTree = None) -> Labels:
+  """Every image is a class of its own, without a clustering."""
+  return Labels(np.arange(num, dtype=np.int32), given, clustered=False)
+
+
+def size_of(features: Features) -> tuple[int, int]:
+  """The number and the dimension of features [n, d].
 
   Raises:
-    UserError: the encoder returns others.
+    UserError: the encoder returns several features an image.
   """
   if isinstance(features, dict):
     raise UserError(
-      "this method takes one feature an image, and encoder.head returns "
-      f'{" and ".join(features)} ones: set it to "neck"'
+      "this method takes one feature an image, and the encoder returns "
+      f'{" and ".join(features)} ones: set encoder.head to "neck"'
     )
   return features.shape
 
 
-def make(name: str, **hyperparameters) -> Method:
+def make(name: str, **hyperparameters: Any) -> Method:
   """The method of that name.
 
   Args:
@@ -87,18 +248,25 @@ def make(name: str, **hyperparameters) -> Method:
     **hyperparameters: fields of the module's `Hyperparameters`.
 
   Raises:
-    UserError: no such method.
-    TypeError: no such hyper-parameter.
+    UserError: there is no such method, or no such hyper-parameter, or it cannot
+      have that value.
   """
+  values.check(fields({"name": name}), hyperparameters)
   return _module(name).make(**hyperparameters)
 
 
-def defaults(name: str) -> dict:
+def defaults(name: str) -> dict[str, Any]:
   """Every hyper-parameter of a method with its default."""
   return dataclasses.asdict(_module(name).Hyperparameters())
 
 
-def _module(name):
+def fields(section: Mapping[str, Any]) -> dict[str, Any]:
+  """The types of the hyper-parameters of the method `section["name"]`."""
+  kinds = values.fields(_module(section["name"]).Hyperparameters)
+  return {"name": str} | kinds
+
+
+def _module(name: str) -> Any:
   known = [module.name for module in pkgutil.iter_modules(__path__)]
   if name not in known:
     raise UserError(f'no method "{name}"; there are: {", ".join(known)}')

@@ -9,16 +9,20 @@ contrasted with all centroids and then moves its own.
 
 import dataclasses
 import functools
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
-from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, euclidean_distance, size_of
-from unreid_jax.pseudo_labels.clustering import Clustering, Labelling, cluster
+from unreid_jax.methods import Batch, Labels, Method, Proxies, one_each, size_of
+from unreid_jax.pseudo_labels.clustering import (
+  Clustering,
+  cluster,
+  keep_largest,
+)
+from unreid_jax.values import BelowOne, Positive
 
 _WRITES = {"momentum": memory.write, "hardest": memory.write_hardest}
 
@@ -28,22 +32,18 @@ class Hyperparameters(Clustering):
   """The authors' values.
 
   Attributes:
-    temperature: of the logits.
-    momentum: weighs the old centroid: .1 nearly replaces it.
-    update: "momentum", by each feature in the order of the batch (the
-      authors' CM), or "hardest", by the one of the batch that is least
-      similar to its centroid (CM_Hard, their `--use-hard`).
+    temperature: divides the similarities; the result are the logits.
+    momentum: the weight of the old centroid: .1 nearly replaces it.
+    update: which features of a batch move a centroid: "momentum", each of its
+      cluster's in the order of the batch (the authors' CM), or "hardest", the
+      one that is least similar to it (CM_Hard, their `--use-hard`).
     label_smoothing: see `losses.cross_entropy`; not in the authors' code.
   """
 
-  temperature: float = 0.05
-  momentum: float = 0.1
-  update: str = "momentum"
-  label_smoothing: float = 0.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_values(self, {"update": tuple(_WRITES)})
+  temperature: Positive = 0.05
+  momentum: BelowOne = 0.1
+  update: Literal["momentum", "hardest"] = "momentum"
+  label_smoothing: BelowOne = 0.0
 
 
 @struct.dataclass
@@ -53,7 +53,6 @@ class State:
 
   centroids: Float[Array, "k d"]
   num_clusters: Int[Array, ""]
-  epoch: Int[Array, ""]
 
 
 def make(**hyperparameters) -> Method:
@@ -62,71 +61,90 @@ def make(**hyperparameters) -> Method:
   bind = functools.partial
   return Method(
     init=bind(init, hp),
-    encode=lambda epoch: "eval",
     label=bind(label, hp),
     refresh=refresh,
-    loss=bind(loss, hp),
-    update=bind(update, hp),
-    distance=euclidean_distance,
+    step=bind(step, hp),
+    proxies=bind(proxies, hp),
   )
 
 
 def max_clusters(hp: Clustering, num_images: int) -> int:
-  """How many rows a bank must have."""
+  """How many clusters a bank must have room for."""
   return num_images if hp.instance_epochs else max(num_images // 2, 2)
 
 
-def init(hp: Hyperparameters, key, features) -> State:
-  """An empty bank for these features, [n, d]."""
+def init(hp: Clustering, key, shapes) -> State:
+  """An empty bank for features [n, d]."""
   del key
-  n, d = size_of(features)
-  zero = jnp.zeros((), jnp.int32)
-  empty = memory.create(jnp.zeros((max_clusters(hp, n), d)))
-  return State(centroids=empty, num_clusters=zero, epoch=zero)
+  n, d = size_of(shapes)
+  empty = memory.create(jnp.zeros((max_clusters(hp, n), d), shapes.dtype))
+  return State(centroids=empty, num_clusters=jnp.zeros((), jnp.int32))
 
 
-def label(hp: Clustering, state, features, camids, pids) -> Labelling:
-  """Clusters the features."""
-  del pids
-  return cluster(hp, features, camids, int(state.epoch))
+def label(hp: Clustering, state, encode, split, epoch: int) -> Labels:
+  """Clusters the images; `refresh` gets their features."""
+  del state
+  features = encode()
+  if epoch < hp.instance_epochs:
+    return one_each(len(split.camids), features)
+  found = cluster(hp, features, split.camids)
+  most = max_clusters(hp, len(split.camids))
+  labels, notes = keep_largest(found.labels[0], most)
+  figures = {"eps": found.eps}
+  return Labels(labels, features, figures, found.seconds, found.notes + notes)
 
 
-def refresh(state: State, features, labels, camids) -> State:
+def refresh(state: State, labels, given, key) -> State:
   """The mean feature of each cluster, normalised."""
-  del camids
+  del key
   num = len(state.centroids)
   return state.replace(
-    centroids=memory.centroids(features, labels, num),
+    centroids=memory.centroids(given, labels, num),
     num_clusters=jnp.max(labels) + 1,
-    epoch=state.epoch + 1,
   )
 
 
-def loss(hp, state: State, features, batch: Batch, key, negatives=None):
-  """Cross-entropy of a feature's cluster against all clusters.
-
-  Args:
-    hp: Hyperparameters.
-    state: with the centroids.
-    features: unit features, [b, d].
-    batch: with their labels.
-    key: not used.
-    negatives: as in `losses.cross_entropy`.
-  """
+def step(hp, state: State, features, batch: Batch, key, negatives=None):
+  """Cross-entropy of a feature's cluster, then the centroids move."""
   del key
   features = memory.normalize(features)  # as in the reference
-  logits = memory.similarities(state.centroids, features) / hp.temperature
-  value = losses.cross_entropy(
-    logits, batch.labels, state.num_clusters, hp.label_smoothing, negatives
+  loss, figures = cross_entropy(
+    hp, state.centroids, state.num_clusters, features, batch, negatives
   )
-  return value, {}
+  write = batch.labels, features, hp.momentum
+  centroids = _WRITES[hp.update](state.centroids, *write)
+  return loss, (state.replace(centroids=centroids), figures)
 
 
-def update(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """Moves the centroids of the batch's clusters."""
-  del key
-  write = _WRITES[hp.update]
-  features = memory.normalize(features)
-  return state.replace(
-    centroids=write(state.centroids, batch.labels, features, hp.momentum)
+def cross_entropy(hp, bank, num_clusters, features, batch: Batch, negatives):
+  """The loss against one bank, with other negatives if there are any.
+
+  Args:
+    hp: has the temperature and the label_smoothing.
+    bank: the clusters' proxies [k, d].
+    num_clusters: how many of them exist.
+    features: unit features [b, d].
+    batch: has their labels.
+    negatives: logits [b, e], see `methods.Step`; None: there are none.
+
+  Returns:
+    The loss, and as figure what the negatives have added to it.
+  """
+  logits = memory.similarities(bank, features) / hp.temperature
+  return of_logits(hp, logits, num_clusters, batch, negatives)
+
+
+def of_logits(hp, logits, num_clusters, batch: Batch, negatives):
+  """`cross_entropy` of logits [b, k]."""
+  loss = losses.cross_entropy(
+    logits, batch.labels, num_clusters, hp.label_smoothing
   )
+  if negatives is None:
+    return loss, {}
+  added = losses.added_by_negatives(logits, num_clusters, negatives)
+  return loss + added, {"loss_negatives": added}
+
+
+def proxies(hp, state) -> Proxies:
+  """The centroids."""
+  return Proxies(state.centroids, state.num_clusters, hp.temperature)

@@ -29,7 +29,7 @@ own, N the negative ones and w_n = exp(beta l_n), scaled to a mean of 1 over N:
 
 import dataclasses
 import functools
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,11 @@ from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import memory
-from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, euclidean_distance, spcl
+from unreid_jax.methods import Batch, Labels, Method, one_each, spcl
 from unreid_jax.pseudo_labels import false_negatives
-from unreid_jax.pseudo_labels.clustering import Clustering, Labelling
-from unreid_jax.pseudo_labels.self_paced import (
-  check_gap,
-  cluster_at,
-  outliers_alone,
-)
+from unreid_jax.pseudo_labels.clustering import Clustering, cluster
+from unreid_jax.pseudo_labels.self_paced import check_gap, outliers_alone
+from unreid_jax.values import BelowOne, CountOrNone, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,65 +52,53 @@ class Hyperparameters(Clustering):
   """SpCL's values where it has them (inferred), else ours.
 
   Attributes:
-    temperature: t, of the logits.
-    momentum: weighs the old row.
-    recluster: as in `spcl`.
+    temperature: t, which divides the similarities; the result are the logits.
+    momentum: the weight of the old row.
+    recluster: what is clustered after the first epoch, as in `spcl`.
     debias: "mask" leaves out the proxies that fall into one cluster with the
       anchor's own at a looser eps; "estimator" subtracts what false negatives
-      are expected to contribute; "none".
-    mask_gap: how much looser.
-    tau_plus: share of false negatives that the estimator assumes. At a
+      are expected to contribute; "none" does neither.
+    mask_gap: how much looser than eps the mask's clusters are.
+    tau_plus: the share of false negatives that the estimator assumes. At a
       temperature of .05 the estimator's floor is soon reached, from where
       negatives have no gradient (`at_floor`): hence so small.
-    beta: sharpness of the weights; 0: all equal. Robinson's 1 at their
+    beta: how sharp the weights are; at 0 all are equal. Robinson's 1 at their
       temperature of .5 is about .1 at .05.
     weight_gradient: whether the gradient flows through the weights too, as in
       Robinson's code.
-    instance_weight: lambda, of the instance term.
-    positives: of the instance term: "hardest", the least similar row of the
-      own class, or "all", the mean over its rows.
-    num_negatives: draws so many proxies of N anew in each step; 0: all.
+    instance_weight: lambda, the weight of the instance term.
+    positives: the positives of the instance term: "hardest", the least similar
+      row of the own class, or "all", the mean over its rows.
+    num_negatives: how many proxies of N are drawn anew in each step; 0 takes
+      all of them.
   """
 
-  temperature: float = 0.05
-  momentum: float = 0.2
-  recluster: str = "memory"
-  debias: str = "mask"
-  mask_gap: float = 0.05
-  tau_plus: float = 1e-4
-  beta: float = 0.1
+  temperature: Positive = 0.05
+  momentum: BelowOne = 0.2
+  recluster: spcl.Recluster = "memory"
+  debias: Literal["mask", "estimator", "none"] = "mask"
+  mask_gap: NotNegative = 0.05
+  tau_plus: BelowOne = 1e-4
+  beta: NotNegative = 0.1
   weight_gradient: bool = False
-  instance_weight: float = 0.5
-  positives: str = "hardest"
-  num_negatives: int = 0
+  instance_weight: NotNegative = 0.5
+  positives: Literal["hardest", "all"] = "hardest"
+  num_negatives: CountOrNone = 0
 
   def __post_init__(self):
     super().__post_init__()
     if self.debias == "mask":
       check_gap("mask_gap", self.eps, self.mask_gap)
-    choices = {
-      "recluster": spcl.RECLUSTER,
-      "debias": ("mask", "estimator", "none"),
-      "positives": ("hardest", "all"),
-    }
-    ranges = (
-      ("tau_plus", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
-      ("beta", lambda x: x >= 0, "to 0 or more"),
-      ("instance_weight", lambda x: x >= 0, "to 0 or more"),
-      ("num_negatives", lambda x: x >= 0, "to 0 or more"),
-    )
-    check_values(self, choices, ranges)
 
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
 class State:
-  """As SpCL's; and the looser cluster of each class (-1: of none)."""
+  """SpCL's fields; and the looser cluster of each class (-1: it has none)."""
 
   bank: Float[Array, "k d"]
   labels: Int[Array, " k"]
   sizes: Int[Array, " k"]
-  epoch: Int[Array, ""]
   loose: Int[Array, " k"]
 
 
@@ -123,48 +107,44 @@ def make(**hyperparameters) -> Method:
   hp = Hyperparameters(**hyperparameters)
   bind = functools.partial
   return Method(
-    init=init,
-    encode=bind(spcl.encode, hp),
-    label=bind(label, hp),
-    refresh=spcl.refresh,
-    loss=bind(loss, hp),
-    update=bind(spcl.update, hp),
-    distance=euclidean_distance,
+    init=init, label=bind(label, hp), refresh=spcl.refresh, step=bind(step, hp)
   )
 
 
-def init(key, features) -> State:
-  """An empty memory for these features, [n, d]."""
+def init(key, shapes) -> State:
+  """An empty memory for features [n, d]."""
   del key
-  fields = spcl.empty(features)
+  fields = spcl.empty(shapes)
   return State(**fields, loose=jnp.full_like(fields["labels"], -1))
 
 
-def label(hp: Hyperparameters, state: State, features, camids, pids):
+def label(hp, state: State, encode, split, epoch: int) -> Labels:
   """Clusters, outliers as classes of their own, and the looser clusters."""
-  loose = np.full(len(state.labels), -1, np.int32)
-  if int(state.epoch) < hp.instance_epochs:
-    labels = np.arange(len(camids), dtype=np.int32)
-    return Labelling(labels, state={"loose": loose})
-  features = spcl.rows_to_cluster(state, features, camids)
+  num = len(split.camids)
+  features, given = spcl.features_to_cluster(hp, state, encode, num, epoch)
+  loose = given["loose"] = np.full(len(state.labels), -1, np.int32)
+  if epoch < hp.instance_epochs:
+    return one_each(num, given)
   gaps = (0.0, hp.mask_gap) if hp.debias == "mask" else (0.0,)
-  found, seconds = cluster_at(hp, features, camids, *gaps)
-  labels = outliers_alone(found[0])
-  num = labels.max() + 1
+  found = cluster(hp, features, split.camids, gaps, outliers_are_classes=True)
+  labels = outliers_alone(found.labels[0])
+  k = labels.max() + 1
   if hp.debias == "mask":
-    loose[:num] = false_negatives.merged_into(labels, found[1])
-  scalars = {"eps": hp.eps} | false_negatives.report(labels, loose[:num], pids)
-  return Labelling(labels, scalars, seconds, state={"loose": loose})
+    loose[:k] = false_negatives.merged_into(labels, found.labels[1])
+  figures = false_negatives.report(labels, loose[:k], split.pids)
+  figures = {"eps": found.eps} | figures
+  return Labels(labels, given, figures, found.seconds, found.notes)
 
 
-def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """The hybrid contrast; see the top of the file."""
+def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+  """The hybrid contrast (see the top of the file), then SpCL's writes."""
   logits = memory.similarities(state.bank, features) / hp.temperature
   proxies = spcl.class_means(state, logits)
-  is_own = batch.labels[:, None] == jnp.arange(proxies.shape[1])
+  labels = batch.labels[:, None]
+  is_own = labels == jnp.arange(proxies.shape[1])[None]
   own = jnp.where(is_own, proxies, 0).sum(axis=1)
   negatives = negatives_of(hp, state, batch, key)
-  log_sum, metrics = log_negatives(hp, proxies, own, negatives)
+  log_sum, figures = log_negatives(hp, proxies, own, negatives)
 
   def contrast(positive):  # [b] or [b, k]
     total = jnp.expand_dims(log_sum, tuple(range(1, positive.ndim)))
@@ -172,27 +152,29 @@ def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
     some = jnp.isfinite(total)
     return jnp.where(some, softplus(jnp.where(some, total, 0) - positive), 0)
 
-  is_member = batch.labels[:, None] == state.labels
+  is_member = labels == state.labels[None]
   if hp.positives == "hardest":
     hardest = jnp.min(jnp.where(is_member, logits, jnp.inf), axis=1)
     instance = contrast(hardest).mean()
   else:
     each = jnp.where(is_member, contrast(logits), 0).sum(axis=1)
-    instance = jnp.mean(each / jnp.maximum(is_member.sum(axis=1), 1))
+    members = jnp.maximum(is_member.sum(axis=1), 1)
+    instance = jnp.mean(each / members.astype(each.dtype))
   cluster = contrast(own).mean()
-  parts = {"loss_cluster": cluster, "loss_instance": instance}
-  return cluster + hp.instance_weight * instance, parts | metrics
+  loss = cluster + hp.instance_weight * instance
+  figures |= {"loss_cluster": cluster, "loss_instance": instance}
+  return loss, (spcl.write(hp, state, features, batch), figures)
 
 
 def negatives_of(
   hp: Hyperparameters, state: State, batch: Batch, key
 ) -> Bool[Array, "b k"]:
   """Which proxies an anchor is contrasted with."""
-  classes = jnp.arange(len(state.sizes))
-  negatives = (state.sizes > 0) & (classes != batch.labels[:, None])
+  classes, exists = jnp.arange(len(state.sizes))[None], state.sizes[None] > 0
+  negatives = exists & (classes != batch.labels[:, None])
   if hp.debias == "mask":
     loose = state.loose[batch.labels][:, None]
-    negatives &= (loose < 0) | (loose != state.loose)
+    negatives &= (loose < 0) | (loose != state.loose[None])
   if hp.num_negatives:
     draws = jax.random.uniform(key, negatives.shape)
     draws = jnp.where(negatives, draws, jnp.inf)
@@ -207,36 +189,46 @@ def log_negatives(
   own: Float[Array, " b"],
   negatives: Bool[Array, "b k"],
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, ""]]]:
-  """log(|N| G) of each anchor, -inf without negatives; and metrics.
+  """What the negatives add to the denominator, and figures of it.
 
-  effective_negatives is (sum x)^2 / sum x^2 of their weighed terms x, at_floor
-  the share of anchors whose negatives are at the estimator's floor.
+  Args:
+    hp: the hyper-parameters.
+    proxies: the logits of all classes.
+    own: the logit of each anchor's own class.
+    negatives: which classes an anchor is contrasted with.
+
+  Returns:
+    log(|N| G) of each anchor, -inf where it has no negatives; and the figures
+    negatives, how many an anchor has; effective_negatives, (sum x)^2 / sum x^2
+    of their weighed terms x; and at_floor, the share of anchors whose negatives
+    are at the estimator's floor.
   """
   some = negatives.any(axis=1)
   # Where there are none, sums over all: finite, and left out in the end.
   at = negatives | ~some[:, None]
-  log_num = jnp.log(at.sum(axis=1))
+  log_num = jnp.log(at.sum(axis=1).astype(own.dtype))
   sharp = proxies if hp.weight_gradient else lax.stop_gradient(proxies)
   log_weights = hp.beta * sharp
   scale = logsumexp(log_weights, axis=1, where=at) - log_num
   terms = proxies + log_weights - scale[:, None]
   log_total = logsumexp(terms, axis=1, where=at)
   square = logsumexp(2 * terms, axis=1, where=at)
-  metrics = {
-    "negatives": jnp.mean(negatives.sum(axis=1) * 1.0),
-    "effective_negatives": jnp.mean(some * jnp.exp(2 * log_total - square)),
-    "at_floor": jnp.zeros(()),
+  effective = jnp.where(some, jnp.exp(2 * log_total - square), 0)
+  figures = {
+    "negatives": jnp.mean(negatives.sum(axis=1).astype(own.dtype)),
+    "effective_negatives": jnp.mean(effective),
+    "at_floor": jnp.zeros((), own.dtype),
   }
   if hp.debias == "estimator":
     floor = -1 / hp.temperature
     floor += log_num
     log_total = _debiased(log_total, log_num + own, hp.tau_plus, floor)
-    metrics["at_floor"] = jnp.mean(some & (log_total <= floor))
-  return jnp.where(some, log_total, -jnp.inf), lax.stop_gradient(metrics)
+    figures["at_floor"] = jnp.mean(some & (log_total <= floor), dtype=own.dtype)
+  return jnp.where(some, log_total, -jnp.inf), lax.stop_gradient(figures)
 
 
 def _debiased(log_total, log_own, tau_plus, floor):
-  """log of (total - tau_plus own) / (1 - tau_plus), not below the floor."""
+  """The log of (total - tau_plus own) / (1 - tau_plus), at least the floor."""
   expected = jnp.log(tau_plus) + log_own - log_total
   is_positive = expected < 0
   rest = jnp.log(-jnp.expm1(jnp.where(is_positive, expected, -1)))

@@ -14,7 +14,7 @@ its positives.
 
 import dataclasses
 import functools
-from typing import no_type_check
+from typing import Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -24,30 +24,44 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import UserError, losses, memory
-from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method
-from unreid_jax.pseudo_labels.clustering import Labelling
+from unreid_jax.methods import Batch, Labels, Method, one_each
+from unreid_jax.values import (
+  BelowOne,
+  Checked,
+  CountOrNone,
+  Duration,
+  Fraction,
+  Free,
+  NotNegative,
+  Positive,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(Checked):
   """The authors' values, under the paper's letters in brackets.
 
   Attributes:
-    num_positives: the nearest rows that are positives beside the image [K_p].
-    num_negatives: the next nearest rows; fewer if there are fewer rows [K_n].
-    temperature: of the logits; the authors multiply by t = 10.
-    self_weight: of the image's own row among the positives [lambda_t].
-    global_weight: of the global distance against the local one [lambda_g].
-    local_loss_weight: of the local branch's loss against the global one's; .3
-      in the authors' logs, .5 in their `test.yml` [lambda_p].
-    camera_penalty: added to the distance of same-camera rows [lambda_c].
-    alpha: scales the other positives' weight, alpha (1 - lambda_t) / K_p.
-    bank_momentum: of the global and the local bank, weighs the old row.
-    mixture_momentum: of the mixture bank, likewise.
-    warmup: steps with random negatives and no positive but the image itself.
-    bank_init: batch-norm mode of the pass that fills the banks, "train" as the
-      authors do it, or "eval".
+    num_positives: how many of the nearest rows are positives beside the image
+      itself [K_p].
+    num_negatives: how many of the next nearest rows are negatives; fewer if
+      there are fewer rows [K_n].
+    temperature: divides the similarities; the authors multiply by t = 10.
+    self_weight: the weight of the image's own row among the positives
+      [lambda_t].
+    global_weight: the weight of the global distance; the local one has the rest
+      [lambda_g].
+    local_loss_weight: the weight of the local branch's loss; the global one's
+      has the rest. It is .3 in the authors' logs, .5 in their `test.yml`
+      [lambda_p].
+    camera_penalty: is added to the distance of same-camera rows [lambda_c].
+    alpha: scales the weight of each other positive, alpha (1 - lambda_t) / K_p.
+    bank_momentum: the weight of the old row in the global and the local bank.
+    mixture_momentum: the weight of the old row in the mixture bank.
+    warmup: first steps, with random negatives and with no positive but the
+      image itself.
+    bank_init: how the images are encoded that first fill the banks: "train", in
+      training mode and augmented, as the authors do it, or "eval".
     gradient: "sequential" as in the authors' backward pass, whose later terms
       see a mixture bank that the earlier ones have already written to, or
       "frozen", with the bank as it was before the step. The loss is the same.
@@ -58,41 +72,41 @@ class Hyperparameters:
       train with squared ones and test with plain ones.
   """
 
-  num_positives: int = 7
-  num_negatives: int = 500
-  temperature: float = 0.1
-  self_weight: float = 0.5
-  global_weight: float = 0.5
-  local_loss_weight: float = 0.3
-  camera_penalty: float = 0.05
-  alpha: float = 1.75
-  bank_momentum: float = 0.5
-  mixture_momentum: float = 0.5
-  warmup: int = 0
-  bank_init: str = "train"
-  gradient: str = "sequential"
+  num_positives: CountOrNone = 7
+  num_negatives: CountOrNone = 500
+  temperature: Positive = 0.1
+  self_weight: Fraction = 0.5
+  global_weight: Fraction = 0.5
+  local_loss_weight: Fraction = 0.3
+  camera_penalty: NotNegative = 0.05
+  alpha: NotNegative = 1.75
+  bank_momentum: BelowOne = 0.5
+  mixture_momentum: BelowOne = 0.5
+  warmup: Duration = 0
+  bank_init: Literal["train", "eval"] = "train"
+  gradient: Literal["sequential", "frozen"] = "sequential"
   normalize_local: bool = False
-  camera_at_test: bool = True
-  squared_at_test: bool = False
-
-  def __post_init__(self):
-    choices = {
-      "bank_init": ("train", "eval"),
-      "gradient": ("sequential", "frozen"),
-    }
-    check_values(self, choices)
+  camera_at_test: Free[bool] = True
+  squared_at_test: Free[bool] = False
 
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
 class State:
-  """The three banks, the cameras of their rows (-1: no image) and the step."""
+  """The three banks, and the cameras of their rows (-1: no image)."""
 
   global_bank: Float[Array, "k d"]
   local_bank: Float[Array, "k s e"]
   mixture: Float[Array, "k d"]
   camids: Int[Array, " k"]
-  step: Int[Array, ""]
+
+
+class Choice(NamedTuple):
+  """The rows that a batch is contrasted with; see `choose`."""
+
+  rows: Int[Array, "b m"]
+  valid: Bool[Array, "b m"]
+  weights: Float[Array, " p"]
 
 
 def make(**hyperparameters) -> Method:
@@ -101,50 +115,47 @@ def make(**hyperparameters) -> Method:
   bind = functools.partial
   return Method(
     init=init,
-    encode=lambda epoch: hp.bank_init if epoch == 0 else None,
-    label=label,
+    label=bind(label, hp),
     refresh=refresh,
-    loss=bind(loss, hp),
-    update=bind(update, hp),
+    step=bind(step, hp),
     distance=bind(distance, hp),
   )
 
 
-def init(key, features) -> State:
-  """Empty banks for these features, "global" [n, d] and "local" [n, s, e]."""
+def init(key, shapes) -> State:
+  """Empty banks for features "global" [n, d] and "local" [n, s, e]."""
   del key
-  if not isinstance(features, dict):
-    raise UserError(
-      "selective takes features of the stripes of an image too: set "
-      'encoder.head to "stripes"'
-    )
-  dim, local_dim = features["global"].shape[1], features["local"].shape[1:]
-  if dim != np.prod(local_dim):
+  _check(shapes)
+  n, dim = shapes["global"].shape
+  local_dim = np.prod(shapes["local"].shape[1:])
+  if dim != local_dim:
     raise UserError(
       "one mixture bank serves both branches: set encoder.embedding_dim to "
-      f"{np.prod(local_dim)}, the dimension of all stripes; it is {dim}"
+      f"{local_dim}, the dimension of all stripes; it is {dim}"
     )
-  empty = lambda name: memory.create(jnp.zeros(features[name].shape))
+  zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
   return State(
-    global_bank=empty("global"),
-    local_bank=empty("local"),
-    mixture=empty("global"),
-    camids=jnp.full(
-      memory.capacity(features["global"].shape[0]), -1, jnp.int32
-    ),
-    step=jnp.zeros((), jnp.int32),
+    global_bank=memory.create(zeros["global"]),
+    local_bank=memory.create(zeros["local"]),
+    mixture=memory.create(zeros["global"]),
+    camids=jnp.full(memory.capacity(n), -1, jnp.int32),
   )
 
 
-def label(state: State, features, camids, pids) -> Labelling:
-  """Every image is a class of its own."""
-  del state, features, pids
-  return Labelling(np.arange(len(camids), dtype=np.int32))
+def label(hp, state: State, encode, split, epoch: int) -> Labels | None:
+  """In the first epoch every image is a class, for ever."""
+  del state
+  if epoch:
+    return None
+  features = encode(train=hp.bank_init == "train")
+  given = {"camids": split.camids, "features": features}
+  return one_each(len(split.camids), given)
 
 
-def refresh(state: State, features, labels, camids) -> State:
+def refresh(state: State, labels, given, key) -> State:
   """Fills the global and the local bank; the mixture bank starts at zero."""
-  del labels
+  del labels, key
+  features, camids = given["features"], given["camids"]
   empty = len(state.camids) - len(camids)
   return state.replace(
     global_bank=memory.create(features["global"]),
@@ -153,39 +164,41 @@ def refresh(state: State, features, labels, camids) -> State:
   )
 
 
-def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """Multi-positive loss of both branches against the mixture bank."""
-  rows, valid, weights = choose(hp, state, features, batch, key)
+def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+  """Multi-positive loss of both branches, then the writes to the three banks.
+
+  The loss is that of the mixture bank before the step. Its gradient is the
+  authors', which depends on the writes, or the loss's own (`hp.gradient`).
+  """
+  choice = choose(hp, state, features, batch, key)
   inputs = _branches(hp, features)
-  logits = jnp.stack([_logits(hp, state.mixture, x, rows) for x in inputs])
+  logits = jnp.stack([_logits(hp, state.mixture, x, choice) for x in inputs])
   per_image = jax.vmap(losses.multi_positive_cross_entropy, (0, None, None))
-  per_branch = per_image(logits, weights, valid).mean(axis=1)
-  value = jnp.vdot(per_branch, jnp.array(_branch_weights(hp)))
+  per_branch = per_image(logits, choice.weights, choice.valid).mean(axis=1)
+  loss = jnp.vdot(per_branch, jnp.array(_branch_weights(hp), logits.dtype))
+  mixture, slope = _walk(hp, state.mixture, inputs, choice, logits)
   if hp.gradient == "sequential":
-    _, slope = _walk(hp, state.mixture, inputs, rows, valid, weights, logits)
-    value = losses.with_gradient(value, inputs, slope)
-  best = jnp.argmax(jnp.where(valid, logits, -jnp.inf), axis=2)
-  metrics = {"loss_local": per_branch[0], "loss_global": per_branch[1]}
-  return value, metrics | {"self_is_nearest": jnp.mean(best == 0)}
-
-
-def update(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """Writes the features into the mixture bank, then into the other two."""
-  rows, valid, weights = choose(hp, state, features, batch, key)
-  inputs = _branches(hp, features)
-  mixture, _ = _walk(hp, state.mixture, inputs, rows, valid, weights)
+    loss = losses.with_gradient(loss, inputs, slope)
   write = functools.partial(memory.write, momentum=hp.bank_momentum)
-  return state.replace(
+  state = state.replace(
     global_bank=write(state.global_bank, batch.indices, features["global"]),
     local_bank=write(state.local_bank, batch.indices, features["local"]),
     mixture=mixture,
-    step=state.step + 1,
+  )
+  best = jnp.argmax(jnp.where(choice.valid[None], logits, -jnp.inf), axis=2)
+  return loss, (
+    state,
+    {
+      "loss_local": per_branch[0],
+      "loss_global": per_branch[1],
+      "self_is_nearest": jnp.mean(best == 0, dtype=logits.dtype),
+    },
   )
 
 
 def choose(
   hp: Hyperparameters, state: State, features, batch: Batch, key
-) -> tuple[Int[Array, "b m"], Bool[Array, "b m"], Float[Array, " p"]]:
+) -> Choice:
   """Each anchor's row, its positives and its negatives, nearest first.
 
   During the warm-up the order of the rows is random, the same for the whole
@@ -195,15 +208,15 @@ def choose(
     The rows, whether they exist, and the weights of the first p as positives.
   """
   features = lax.stop_gradient(features)
-  warmup = state.step < hp.warmup
+  warmup = batch.step < hp.warmup
   distances = _bank_distances(hp, state, features)
-  same_camera = batch.camids[:, None] == state.camids
-  distances += hp.camera_penalty * same_camera
-  distances = jnp.where(
-    warmup, jax.random.uniform(key, state.camids.shape), distances
-  )
-  is_self = batch.indices[:, None] == jnp.arange(len(state.camids))
-  distances = jnp.where(is_self | (state.camids < 0), jnp.inf, distances)
+  row_camids = state.camids[None]
+  same_camera = batch.camids[:, None] == row_camids
+  distances += jnp.where(same_camera, hp.camera_penalty, 0)
+  draws = jax.random.uniform(key, row_camids.shape, distances.dtype)
+  distances = jnp.where(warmup, draws, distances)
+  is_self = batch.indices[:, None] == jnp.arange(len(state.camids))[None]
+  distances = jnp.where(is_self | (row_camids < 0), jnp.inf, distances)
   num = min(hp.num_positives + hp.num_negatives, len(state.camids) - 1)
   nearest, rows = memory.nearest(distances, num)
   rows = jnp.concatenate([batch.indices[:, None], rows], axis=1)
@@ -211,13 +224,14 @@ def choose(
   valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
   others = hp.alpha * (1 - hp.self_weight) / max(hp.num_positives, 1)
   weights = jnp.full(1 + hp.num_positives, jnp.where(warmup, 0, others))
-  return rows, valid, weights.at[0].set(hp.self_weight)
+  return Choice(rows, valid, weights.at[0].set(hp.self_weight))
 
 
 def distance(
   hp: Hyperparameters, query, gallery, query_camids, gallery_camids
 ) -> Float[Array, "q g"]:
   """Global and mean local Euclidean distance, plus the camera penalty."""
+  _check(query)
 
   def euclidean(q, g):
     squared = memory.squared_distances(g, q)
@@ -230,8 +244,17 @@ def distance(
   fused = hp.global_weight * euclidean(query["global"], gallery["global"])
   fused += (1 - hp.global_weight) * local / len(stripes)
   if hp.camera_at_test:
-    fused += hp.camera_penalty * (query_camids[:, None] == gallery_camids)
+    same_camera = query_camids[:, None] == gallery_camids[None]
+    fused += jnp.where(same_camera, hp.camera_penalty, 0)
   return fused
+
+
+def _check(features):
+  if not isinstance(features, dict):
+    raise UserError(
+      "selective takes features of the stripes of an image too: set "
+      'encoder.head to "stripes"'
+    )
 
 
 def _branches(hp, features):
@@ -257,12 +280,12 @@ def _bank_distances(hp, state, features):
   return hp.global_weight * far + local_weight * local_far
 
 
-def _logits(hp, mixture, x, rows):
+def _logits(hp, mixture, x, choice):
   similarities = memory.similarities(mixture, x)
-  return memory.select(similarities, rows) / hp.temperature
+  return memory.select(similarities, choice.rows) / hp.temperature
 
 
-def _walk(hp, mixture, inputs, rows, valid, weights, logits=None):
+def _walk(hp, mixture, inputs, choice, logits):
   """Passes through the loss terms in the order of the authors' backward pass.
 
   Local before global, the farthest positive first and the anchor's own row
@@ -270,26 +293,24 @@ def _walk(hp, mixture, inputs, rows, valid, weights, logits=None):
   the anchors' features into the rows of that positive.
 
   Returns:
-    The bank after all writes, and the gradient in the inputs [2, b, d], if
-    the logits are given.
+    The bank after all writes, and the gradient in the inputs [2, b, d].
   """
+  rows, valid, weights = choice
   num_terms = len(weights)
   branch, term = np.divmod(np.arange(2 * num_terms), num_terms)
   term = num_terms - 1 - term
   scale = np.array(_branch_weights(hp)) / inputs.shape[1]
+  inputs, logits = lax.stop_gradient((inputs, logits))
 
   def step(mixture, at):
     branch, term = at
-    x, slope = inputs[branch], jnp.zeros_like(inputs[branch])
-    if logits is not None:
-      probabilities = jax.nn.softmax(logits[branch], axis=1, where=valid)
-      error = probabilities - jax.nn.one_hot(term, rows.shape[1])
-      error *= weights[term] * jnp.array(scale)[branch]
-      slope = jax.vjp(lambda x: _logits(hp, mixture, x, rows), x)[1](error)[0]
+    x = inputs[branch]
+    error = jax.nn.softmax(logits[branch], axis=1, where=valid)
+    error -= jax.nn.one_hot(term, rows.shape[1], dtype=error.dtype)[None]
+    error *= weights[term] * jnp.array(scale, error.dtype)[branch]
+    slope = jax.vjp(lambda x: _logits(hp, mixture, x, choice), x)[1](error)[0]
     targets = jnp.where(weights[term] > 0, rows[:, term], -1)
     return memory.write(mixture, targets, x, hp.mixture_momentum), slope
 
-  inputs = lax.stop_gradient(inputs)
-  logits = None if logits is None else lax.stop_gradient(logits)
   mixture, slopes = lax.scan(step, mixture, (branch, term))
   return mixture, slopes.reshape(2, num_terms, *inputs.shape[1:]).sum(axis=1)

@@ -10,7 +10,7 @@ the rows of each class, and then moves its own row.
 
 import dataclasses
 import functools
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
-from unreid_jax.config import check_values
-from unreid_jax.methods import Batch, Method, euclidean_distance, size_of
-from unreid_jax.pseudo_labels.clustering import Clustering, Labelling
-from unreid_jax.pseudo_labels.self_paced import check_gap, cluster_at, refine
+from unreid_jax.methods import Batch, Labels, Method, one_each, size_of
+from unreid_jax.pseudo_labels.clustering import Clustering, cluster
+from unreid_jax.pseudo_labels.self_paced import check_gap, refine
+from unreid_jax.values import BelowOne, NotNegative, Positive
 
-RECLUSTER = ("memory", "features")
+Recluster = Literal["memory", "features"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +31,22 @@ class Hyperparameters(Clustering):
   """The authors' values.
 
   Attributes:
-    temperature: of the logits.
-    momentum: weighs the old row.
+    temperature: divides the similarities; the result are the logits.
+    momentum: the weight of the old row.
     eps_gap: eps minus it and plus it tell which clusters are reliable.
-    recluster: "memory" clusters the memory as it is, without a pass over the
-      images after the first epoch; "features" encodes all images each epoch,
-      clusters their features, and starts the memory from them.
+    recluster: what is clustered after the first epoch: "memory", the memory as
+      the steps have left it, without a pass over the images; or "features",
+      which are encoded anew each epoch, and which the memory then starts from.
   """
 
-  temperature: float = 0.05
-  momentum: float = 0.2
-  eps_gap: float = 0.02
-  recluster: str = "memory"
+  temperature: Positive = 0.05
+  momentum: BelowOne = 0.2
+  eps_gap: NotNegative = 0.02
+  recluster: Recluster = "memory"
 
   def __post_init__(self):
     super().__post_init__()
     check_gap("eps_gap", self.eps, self.eps_gap)
-    check_values(self, {"recluster": RECLUSTER})
 
 
 @struct.dataclass
@@ -57,8 +56,7 @@ class State:
 
   bank: Float[Array, "k d"]
   labels: Int[Array, " k"]
-  sizes: Int[Array, " k"]  # rows of each class
-  epoch: Int[Array, ""]
+  sizes: Int[Array, " k"]  # how many rows each class has
   threshold: Float[Array, ""]  # of independence; NaN: not yet set
 
 
@@ -67,96 +65,92 @@ def make(**hyperparameters) -> Method:
   hp = Hyperparameters(**hyperparameters)
   bind = functools.partial
   return Method(
-    init=init,
-    encode=bind(encode, hp),
-    label=bind(label, hp),
-    refresh=refresh,
-    loss=bind(loss, hp),
-    update=bind(update, hp),
-    distance=euclidean_distance,
+    init=init, label=bind(label, hp), refresh=refresh, step=bind(step, hp)
   )
 
 
-def init(key, features) -> State:
-  """An empty memory for these features, [n, d]."""
+def init(key, shapes) -> State:
+  """An empty memory for features [n, d]."""
   del key
-  return State(**empty(features), threshold=jnp.full((), jnp.nan))
+  return State(**empty(shapes), threshold=jnp.full((), jnp.nan))
 
 
-def empty(features) -> dict[str, Array]:
+def empty(shapes) -> dict[str, Array]:
   """The fields of a state that are about rows and classes."""
-  bank = memory.create(jnp.zeros(size_of(features)))
+  bank = memory.create(jnp.zeros(size_of(shapes), shapes.dtype))
   return {
     "bank": bank,
     "labels": jnp.full(len(bank), -1, jnp.int32),
     "sizes": jnp.zeros(len(bank), jnp.int32),
-    "epoch": jnp.zeros((), jnp.int32),
   }
 
 
-def encode(hp, epoch: int) -> str:
-  """A pass over the images fills the memory; from then on it is enough."""
-  return "memory" if epoch and hp.recluster == "memory" else "eval"
-
-
-def label(hp: Hyperparameters, state: State, features, camids, pids):
+def label(hp, state: State, encode, split, epoch: int) -> Labels:
   """Clusters at three eps, and what is reliable in them."""
-  del pids
-  if int(state.epoch) < hp.instance_epochs:
-    return Labelling(np.arange(len(camids), dtype=np.int32))
-  features = rows_to_cluster(state, features, camids)
+  num = len(split.camids)
+  features, given = features_to_cluster(hp, state, encode, num, epoch)
+  if epoch < hp.instance_epochs:
+    return one_each(num, given | {"threshold": np.asarray(state.threshold)})
   gaps = 0.0, -hp.eps_gap, hp.eps_gap
-  found, seconds = cluster_at(hp, features, camids, *gaps)
-  labels, threshold = refine(*found, threshold=float(state.threshold))
+  found = cluster(hp, features, split.camids, gaps, outliers_are_classes=True)
+  labels, threshold = refine(*found.labels, threshold=float(state.threshold))
   labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
   alone = np.bincount(labels)[labels] == 1
-  scalars = {"eps": hp.eps, "unreliable": int(np.sum(alone & (found[0] >= 0)))}
-  return Labelling(
-    labels, scalars, seconds, state={"threshold": np.array(threshold, "f4")}
-  )
+  unreliable = int(np.sum(alone & (found.labels[0] >= 0)))
+  figures = {"eps": found.eps, "unreliable": unreliable}
+  given["threshold"] = np.array(threshold, np.float32)
+  return Labels(labels, given, figures, found.seconds, found.notes)
 
 
-def rows_to_cluster(state, features, camids) -> np.ndarray:
-  """The features, or in their absence what the memory holds of the images."""
-  if features is None:
-    return memory.to_host(state.bank, len(camids))
-  return features
+def features_to_cluster(hp, state, encode, num: int, epoch: int):
+  """What is clustered in an epoch, and what the memory is to start from.
+
+  Returns:
+    Features [n, d], and {"features": the same ones} if they are to replace what
+    the memory holds, else {}.
+  """
+  if epoch and hp.recluster == "memory":
+    return memory.to_host(state.bank, num), {}
+  features = encode()
+  return features, {"features": features}
 
 
-def refresh(state, features, labels, camids):
+def refresh(state, labels, given, key):
   """New classes; and, if there are features, a memory that holds these."""
-  del camids
+  del key
   k = len(state.bank)
   labels = jnp.pad(labels, (0, k - len(labels)), constant_values=-1)
   at = jnp.where(labels < 0, k, labels)
+  given = dict(given)
+  if "features" in given:
+    given["bank"] = memory.create(given.pop("features"))
   return state.replace(
-    bank=state.bank if features is None else memory.create(features),
     labels=labels,
     sizes=jnp.zeros(k, jnp.int32).at[at].add(1, mode="drop"),
-    epoch=state.epoch + 1,
+    **given,
   )
 
 
-def loss(hp: Hyperparameters, state: State, features, batch: Batch, key):
-  """Softmax over the classes, of mean similarities."""
+def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+  """Softmax over the classes' mean similarities, then the writes."""
   del key
   logits = memory.similarities(state.bank, features) / hp.temperature
   logits = class_means(state, logits)
   exists = state.sizes > 0
-  return losses.softmax_with_epsilon(logits, batch.labels, exists), {}
+  loss = losses.softmax_with_epsilon(logits, batch.labels, exists)
+  return loss, (write(hp, state, features, batch), {})
 
 
 def class_means(state, logits: Float[Array, "b k"]) -> Float[Array, "b k"]:
-  """Mean over the rows of each class; 0 for a class without rows.
+  """The mean over the rows of each class; 0 for a class without rows.
 
   That is the product with the rows' mean, which is not normalised.
   """
   sums = memory.class_sums(logits, state.labels)
-  return sums / jnp.maximum(state.sizes, 1)
+  return sums / jnp.maximum(state.sizes, 1).astype(sums.dtype)[None]
 
 
-def update(hp, state, features, batch: Batch, key):
+def write(hp, state, features, batch: Batch):
   """Moves the rows of the batch's images, in the order of the batch."""
-  del key
-  write = batch.indices, features, hp.momentum
-  return state.replace(bank=memory.write(state.bank, *write))
+  new = memory.write(state.bank, batch.indices, features, hp.momentum)
+  return state.replace(bank=new)

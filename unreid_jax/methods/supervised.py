@@ -5,22 +5,24 @@ labels are right. HHCL's authors report such a row as "supervised".
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
 from unreid_jax import UserError
-from unreid_jax.methods import Method, cluster_contrast
-from unreid_jax.pseudo_labels.clustering import Labelling, keep_largest
+from unreid_jax.methods import Labels, Method, cluster_contrast
+from unreid_jax.pseudo_labels.clustering import keep_largest
+from unreid_jax.values import BelowOne, Checked, Positive
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(Checked):
   """Those of Cluster Contrast that are not about clustering."""
 
-  temperature: float = 0.05
-  momentum: float = 0.1
-  update: str = "momentum"
-  label_smoothing: float = 0.0
+  temperature: Positive = 0.05
+  momentum: BelowOne = 0.1
+  update: Literal["momentum", "hardest"] = "momentum"
+  label_smoothing: BelowOne = 0.0
 
 
 def make(**hyperparameters) -> Method:
@@ -30,23 +32,19 @@ def make(**hyperparameters) -> Method:
   return method._replace(label=label)
 
 
-def label(state, features, camids, pids) -> Labelling:
+def label(state, encode, split, epoch: int) -> Labels:
   """The identities, numbered from 0 in ascending order; junk is left out.
 
   Raises:
     UserError: the images have no identities.
   """
-  del state, features, camids
-  if (pids < 0).all():
+  del state, epoch
+  if (split.pids < 0).all():
     raise UserError(
       "the train images have no identities, and the method supervised needs "
       "them: choose another method"
     )
-  known, labels = np.unique(pids, return_inverse=True)
+  known, labels = np.unique(split.pids, return_inverse=True)
   labels = np.maximum(labels - np.sum(known < 0), -1).astype(np.int32)
-  kept = keep_largest(labels, max(len(labels) // 2, 2))
-  num, of = kept.max() + 1, labels.max() + 1
-  notes = (
-    () if num == of else (f"the {num} largest of {of} identities are kept",)
-  )
-  return Labelling(kept, notes=notes)
+  labels, notes = keep_largest(labels, max(len(labels) // 2, 2))
+  return Labels(labels, encode(), notes=notes)

@@ -1,23 +1,21 @@
 """Encoders: images to unit features."""
 
+from typing import Annotated, Literal
+
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.models import backbones
 from unreid_jax.models.heads import Neck, Stripes
-from unreid_jax.models.resnet import DEPTHS, ResNet
-
-_ARCHS = {
-  f"resnet{depth}{suffix}": (depth, bool(suffix))
-  for suffix in ("", "_ibn_a")
-  for depth in DEPTHS
-}
+from unreid_jax.values import Count, CountOrNone, Positive
 
 
 class Encoder(nn.Module):
   """A backbone and a head; see `make`."""
 
-  backbone: nn.Module
+  backbone: nn.Module  # a `backbones.Backbone`
   head: nn.Module
 
   def __call__(
@@ -27,54 +25,46 @@ class Encoder(nn.Module):
 
 
 def make(
-  arch: str,
-  width: float,
-  head: str,
-  pooling: str,
-  bn_group_size: int,
-  bn_running: str,
-  embedding_dim: int,
-  stripe_dim: int,
-  num_stripes: int,
-  dtype: str,
+  arch: Annotated[str, values.OneOf(backbones.archs)],
+  width: Positive,
+  head: Literal["neck", "stripes"],
+  pooling: Literal["avg", "gem"],
+  bn_group_size: CountOrNone,
+  bn_running: Literal["first", "mean"],
+  embedding_dim: Count,
+  stripe_dim: Count,
+  num_stripes: Count,
+  dtype: Literal["float32", "bfloat16", "float64"],
 ) -> Encoder:
   """Builds an encoder; the defaults for runs stand in configs/default.py.
 
-  Its output is float32 and L2-normalised: features [b, d] of the head
-  "neck"; {"global": [b, embedding_dim], "local": [b, num_stripes,
-  stripe_dim]} of the head "stripes".
+  It returns unit features, in float32 or, for dtype "float64", in float64:
+  [b, d] with the head "neck"; {"global": [b, embedding_dim], "local":
+  [b, num_stripes, stripe_dim]} with the head "stripes".
 
   Args:
-    arch: resnet18, 34, 50, 101 or 152, optionally with the suffix _ibn_a.
-    width: channel multiplier, for small machines.
-    head: "neck" (Cluster Contrast) or "stripes" (selective contrastive).
-    pooling: "avg" or "gem".
-    bn_group_size: images per batch-norm group; 0: the whole batch.
-    bn_running: groups behind the running statistics: "first" or "mean".
-    embedding_dim: of the head "stripes", global branch.
-    stripe_dim: of the head "stripes", each stripe.
-    num_stripes: of the head "stripes".
-    dtype: of the backbone's computation: "float32" or "bfloat16".
+    arch: the name of a backbone, such as "resnet50" or "resnet50_ibn_a".
+    width: what all channels of the backbone are multiplied by.
+    head: "neck" as in Cluster Contrast, or "stripes" as in Pang et al.
+    pooling: the average, or GeM with a learnable power.
+    bn_group_size: how many images share the statistics of batch norm; 0: the
+      whole batch.
+    bn_running: which of these groups the running statistics follow: the first
+      one, or the mean of all.
+    embedding_dim: the dimension of the global feature of the head "stripes".
+    stripe_dim: the dimension of a stripe's feature of the head "stripes".
+    num_stripes: the number of stripes of the head "stripes".
+    dtype: the dtype of the backbone's computation.
 
   Raises:
-    UserError: an unknown name.
+    UserError: an unknown arch, or "float64" while JAX has 32 bits only.
   """
-  _check("arch", arch, _ARCHS)
-  _check("head", head, ("neck", "stripes"))
-  _check("pooling", pooling, ("avg", "gem"))
-  _check("bn_running", bn_running, ("first", "mean"))
-  _check("dtype", dtype, ("float32", "bfloat16"))
-  depth, ibn = _ARCHS[arch]
+  values.check(values.fields(make), {"arch": arch})
+  if dtype == "float64" and not jax.config.jax_enable_x64:
+    raise UserError('encoder.dtype is "float64": set JAX_ENABLE_X64=1 for it')
   norm = {"bn_group_size": bn_group_size, "bn_running": bn_running}
-  backbone = ResNet(depth=depth, ibn=ibn, width=width, dtype=dtype, **norm)
+  backbone = backbones.archs()[arch](width=width, dtype=dtype, **norm)
   if head == "neck":
     return Encoder(backbone, Neck(pooling, **norm))
   dims = (embedding_dim, stripe_dim, num_stripes)
   return Encoder(backbone, Stripes(pooling, *dims, **norm))
-
-
-def _check(key: str, value: str, valid) -> None:
-  if value not in valid:
-    raise UserError(
-      f"encoder.{key}={value!r} is unknown: choose one of {', '.join(valid)}"
-    )

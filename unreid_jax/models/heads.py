@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from unreid_jax import UserError
 from unreid_jax.memory import normalize
-from unreid_jax.models.norm import GhostBatchNorm
+from unreid_jax.models.norm import GhostBatchNorm, widen
 
 _KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -15,18 +15,18 @@ _KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class Pool(nn.Module):
   """Average pooling, or GeM: the generalised mean with a learnable power.
 
-  GeM: Radenovic et al., TPAMI 2018; one power for all channels, init 3.
+  GeM: Radenovic et al., TPAMI 2018. All channels share one power, 3 at first.
   """
 
   kind: str = "avg"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
-    x = x.astype(jnp.float32)
+    x = widen(x)
     if self.kind == "avg":
       return x.mean((1, 2))
     p = self.param("p", nn.initializers.constant(3.0), (1,))
-    return gem(x, p)
+    return gem(x, p.astype(x.dtype))
 
 
 def gem(
@@ -36,11 +36,12 @@ def gem(
   x = jnp.maximum(x, 1e-6)
   # Relative to the maximum no power underflows, which made NaN gradients.
   top = jax.lax.stop_gradient(x.max((1, 2), keepdims=True))
-  return top[:, 0, 0] * ((x / top) ** p).mean((1, 2)) ** (1 / p)
+  mean = ((x / top) ** p[0]).mean((1, 2))
+  return top[:, 0, 0] * mean ** (1 / p[0])
 
 
 class Neck(nn.Module):
-  """Pooling, batch norm with frozen bias, L2: features [b, d].
+  """Pooling, batch norm with a frozen bias, and unit length.
 
   Source: "BNNeck" of Luo et al., CVPRW 2019, as in Cluster Contrast.
   """
@@ -61,11 +62,12 @@ class Neck(nn.Module):
 
 
 class Stripes(nn.Module):
-  """A global embedding, and one for each of the horizontal stripes.
+  """An embedding of the whole map, and one of each horizontal stripe.
 
-  Each is pooling, linear, batch norm, L2; each stripe has its own weights
-  and is pooled by the average. Stripes are `height // num_stripes` rows
-  high; rows left over at the bottom are used by the global branch alone.
+  Each is pooled, then goes through a linear layer and batch norm, and gets unit
+  length. Each stripe has weights of its own and is pooled by the average. All
+  stripes have the same number of rows; those left over at the bottom count for
+  the whole map only.
 
   Source: Pang et al., TOMM 2022 (End2End_AvgPooling in their code).
   """
@@ -84,7 +86,10 @@ class Stripes(nn.Module):
     norm_options = (self.bn_group_size, self.bn_running)
     whole = Pool(self.pooling, name="pool")(x)
     whole = nn.Dense(
-      self.embedding_dim, kernel_init=_KAIMING, name="embedding"
+      self.embedding_dim,
+      dtype=whole.dtype,
+      kernel_init=_KAIMING,
+      name="embedding",
     )(whole)
     whole = GhostBatchNorm(*norm_options, name="embedding_bn")(whole, train)
 
@@ -102,14 +107,14 @@ class Stripes(nn.Module):
     if not rows:
       raise UserError(
         f"the feature map has {h} rows, too few for {self.num_stripes} "
-        f"stripes: use images at least {16 * self.num_stripes - 15} pixels high"
+        "stripes: raise dataset.height or lower encoder.num_stripes"
       )
-    x = x[:, : rows * self.num_stripes].astype(jnp.float32)
+    x = widen(x[:, : rows * self.num_stripes])
     return x.reshape(b, self.num_stripes, rows * w, c).mean(2)
 
 
 class StripeDense(nn.Module):
-  """A linear map for each stripe, initialised as PyTorch's nn.Linear."""
+  """A linear layer for each stripe, initialised as PyTorch's nn.Linear."""
 
   features: int
 
@@ -121,6 +126,6 @@ class StripeDense(nn.Module):
       return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
     shape = (*x.shape[1:], self.features)
-    kernel = self.param("kernel", uniform, shape)
-    bias = self.param("bias", uniform, shape[::2])
-    return jnp.einsum("bsc,scd->bsd", x, kernel) + bias
+    kernel = self.param("kernel", uniform, shape).astype(x.dtype)
+    bias = self.param("bias", uniform, shape[::2]).astype(x.dtype)
+    return jnp.einsum("bsc,scd->bsd", x, kernel) + bias[None]

@@ -16,14 +16,14 @@ _EPSILON = 1e-5
 class GhostBatchNorm(nn.Module):
   """Batch norm whose statistics come from groups of consecutive images.
 
-  With `group_size=64` a batch of 256 is normalised as four batches of 64:
-  what PyTorch's DataParallel does on four GPUs, and here on any number of
+  With `group_size=64` a batch of 256 is normalised as four batches of 64. That
+  is what PyTorch's DataParallel does on four GPUs, here on any number of
   devices. As in PyTorch, the running variance is the unbiased one.
 
   Attributes:
-    group_size: images in a group; 0 means the whole batch.
-    running: which groups feed the running statistics: "first" (what
-      DataParallel does; the published numbers) or "mean" (all of them).
+    group_size: the number of images in a group; 0: the whole batch.
+    running: what the running statistics follow: the "first" group, as with
+      DataParallel and in the published numbers, or the "mean" of all groups.
     train_bias: False freezes the bias at its initial or loaded value.
   """
 
@@ -36,14 +36,14 @@ class GhostBatchNorm(nn.Module):
     self, x: Float[Array, "b *hw c"], train: bool
   ) -> Float[Array, "b *hw c"]:
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,))
-    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    scale, bias = _scale_and_bias(self, x)
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if not self.train_bias:
       bias = jax.lax.stop_gradient(bias)
     if not train:
-      return _affine(x, mean.value, _invert(var.value) * scale, bias)
+      mean, var = (v.value.astype(scale.dtype) for v in (mean, var))
+      return _affine(x, _lift(mean, x), _lift(_invert(var) * scale, x), bias)
     num_groups = self._num_groups(x.shape[0])
     out, group_mean, group_var = _batch_norm(x, scale, bias, num_groups)
     if not self.is_initializing():
@@ -62,6 +62,22 @@ class GhostBatchNorm(nn.Module):
     return batch_size // size
 
 
+def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """In float32, or in float64 if it has that."""
+  return x.astype(_wide(x))
+
+
+def _wide(x):
+  return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _scale_and_bias(module, x):
+  """The parameters of a norm, in the dtype in which it is computed."""
+  scale = module.param("scale", nn.initializers.ones, x.shape[-1:])
+  bias = module.param("bias", nn.initializers.zeros, x.shape[-1:])
+  return scale.astype(_wide(x)), bias.astype(_wide(x))
+
+
 # The hand-written gradient reads the activations less often than autodiff's.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batch_norm(
@@ -70,30 +86,30 @@ def _batch_norm(
   bias: Float[Array, " c"],
   num_groups: int,
 ) -> tuple[Float[Array, "b *hw c"], Float[Array, "g c"], Float[Array, "g c"]]:
-  """Normalised x, and each group's mean and biased variance in float32.
+  """Normalised x, and the mean and the biased variance of each group.
 
-  The gradient is that of the first output; the others are constants.
+  Only the first has a gradient; the others count as constants.
   """
   return _forward(x, scale, bias, num_groups)[0]
 
 
 def _forward(x, scale, bias, num_groups):
-  wide = x.astype(jnp.float32)
+  wide = widen(x)
   mean = _group_mean(wide, num_groups)
   var = _group_mean(jnp.square(wide - _spread(mean, x)), num_groups)
   inverse = _invert(var)
-  out = _affine(x, _spread(mean, x), _spread(inverse * scale, x), bias)
+  out = _affine(x, _spread(mean, x), _spread(inverse * scale[None], x), bias)
   return (out, mean, var), (x, scale, mean, inverse)
 
 
 def _backward(num_groups, residuals, cotangents):
   x, scale, mean, inverse = residuals
-  grad = cotangents[0].astype(jnp.float32)
-  unit = (x.astype(jnp.float32) - _spread(mean, x)) * _spread(inverse, x)
+  grad = widen(cotangents[0])
+  unit = (widen(x) - _spread(mean, x)) * _spread(inverse, x)
   grad_bias = _group_mean(grad, num_groups)
   grad_scale = _group_mean(grad * unit, num_groups)
   grad_x = grad - _spread(grad_bias, x) - unit * _spread(grad_scale, x)
-  grad_x = grad_x * _spread(inverse * scale, x)
+  grad_x = grad_x * _spread(inverse * scale[None], x)
   size = x.size // x.shape[-1] // num_groups
   return (
     grad_x.astype(x.dtype),
@@ -120,9 +136,14 @@ def _group_mean(
 def _spread(
   values: Float[Array, "g c"], x: Float[Array, "b *hw c"]
 ) -> Float[Array, "b *one c"]:
-  """Each group's values, to be broadcast over its images."""
+  """The values of each group, once for each of its images."""
   values = jnp.repeat(values, x.shape[0] // values.shape[0], axis=0)
   return jnp.expand_dims(values, tuple(range(1, x.ndim - 1)))
+
+
+def _lift(values, x):
+  """One value for each channel, with as many axes as x."""
+  return jnp.expand_dims(values, tuple(range(x.ndim - 1)))
 
 
 def _invert(var: Float[Array, "*g c"]) -> Float[Array, "*g c"]:
@@ -130,29 +151,29 @@ def _invert(var: Float[Array, "*g c"]) -> Float[Array, "*g c"]:
 
 
 def _affine(x, mean, factor, bias):
-  return ((x.astype(jnp.float32) - mean) * factor + bias).astype(x.dtype)
+  return ((widen(x) - mean) * factor + _lift(bias, x)).astype(x.dtype)
 
 
 def _update(running, values: Float[Array, "g c"], which: str) -> None:
   new = values[0] if which == "first" else values.mean(0)
-  new = jax.lax.stop_gradient(new)
+  new = jax.lax.stop_gradient(new).astype(running.value.dtype)
   running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
 
 
 class InstanceNorm(nn.Module):
-  """Affine instance norm, in training and evaluation alike."""
+  """Instance norm with a scale and a bias, the same in training and test."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return _batch_norm(x, scale, bias, x.shape[0])[0]
+    return _batch_norm(x, *_scale_and_bias(self, x), x.shape[0])[0]
 
 
 class InstanceBatchNorm(nn.Module):
-  """IBN-a: instance norm on the first half of the channels, BN on the rest.
+  """IBN-a: instance norm of half of the channels, batch norm of the others.
 
-  Source: Pan et al., ECCV 2018 (IBN-Net). Attributes as GhostBatchNorm.
+  Its attributes are those of `GhostBatchNorm`.
+
+  Source: Pan et al., ECCV 2018 (IBN-Net).
   """
 
   group_size: int = 0

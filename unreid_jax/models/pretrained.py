@@ -1,7 +1,6 @@
 """Weights trained in PyTorch, loaded into an encoder's variables."""
 
 import pathlib
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +9,10 @@ import safetensors.numpy
 from flax import traverse_util
 
 from unreid_jax import UserError
+from unreid_jax.models import Encoder
 
-# Position in nn.Sequential of the re-ID code bases: torchvision's name.
-_BASE = {"0": "conv1", "1": "bn1"} | {str(i + 3): f"layer{i}" for i in range(5)}
-_LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "mean": "running_mean",
-  "var": "running_var",
-}
+_LEAVES = {"kernel": "weight", "scale": "weight"}
+_LEAVES |= {"mean": "running_mean", "var": "running_var"}
 _HEAD = {
   "pool": "gap",
   "bn": "feat_bn",
@@ -29,69 +23,71 @@ _HEAD = {
 }
 
 
-def load(path: str | pathlib.Path, variables: dict) -> dict:
-  """Loads weights from a file; see `from_torch`.
+def load(path: str | pathlib.Path, encoder: Encoder, variables: dict) -> dict:
+  """The variables with the weights of a file in place; see `from_torch`.
 
   Args:
-    path: .safetensors, or whatever torch.save wrote (then PyTorch must be
-      installed), bare or as {"state_dict": ...}.
-    variables: params and batch_stats of an encoder; not changed.
+    path: a .safetensors file, or a state dict or {"state_dict": ...} that
+      torch.save wrote; reading that needs PyTorch.
+    encoder: the encoder that gets the weights.
+    variables: its params and batch_stats; they are not changed.
 
   Raises:
-    UserError: no such file, not readable, or made for another encoder.
+    UserError: there is no such file, it cannot be read, or its weights are for
+      another encoder.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise UserError(f"{path}: no such file: download the weights there first")
   read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
   try:
-    return from_torch(read(path), variables)
+    return from_torch(read(path), encoder, variables)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
 
 
-def from_torch(state: dict[str, np.ndarray], variables: dict) -> dict:
-  """Replaces the variables that a PyTorch state dict holds.
+def from_torch(
+  state: dict[str, np.ndarray], encoder: Encoder, variables: dict
+) -> dict:
+  """The variables with the weights of a PyTorch state dict in their place.
 
-  Understands the names of torchvision and IBN-Net ("layer1.0.conv1.weight"),
-  of Cluster Contrast, SpCL and HHCL ("base.4.0.conv1.weight", "feat_bn.*",
-  "gap.p") and of Unsup_ReID ("CNN.layer1.0.conv1.weight", "avg_pooling.*",
-  "local_pooling.*"), with or without "module." in front. A head that is not
-  in the file keeps its values; classifiers are ignored.
+  The backbone knows its names, see `backbones.Backbone`. Heads have those of
+  Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
+  ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
+  state dict does not have; classifiers are ignored.
 
   Args:
-    state: name to array, laid out as in PyTorch.
-    variables: params and batch_stats of an encoder; not changed.
-
-  Returns:
-    new variables.
+    state: arrays by name, with PyTorch's order of axes.
+    encoder: the encoder that gets the weights.
+    variables: its params and batch_stats; they are not changed.
 
   Raises:
     UserError: a weight of the backbone is missing, or a shape differs.
   """
-  state = {_torchvision_name(key): value for key, value in state.items()}
+  torch_key = encoder.backbone.torch_key
+  state = {torch_key(key): value for key, value in state.items()}
   flat = traverse_util.flatten_dict(variables)
-  new = {path: _replace(path, old, state) for path, old in flat.items()}
+  new = {path: _replace(encoder, path, flat[path], state) for path in flat}
   return traverse_util.unflatten_dict(new)
 
 
-def _torchvision_name(key: str) -> str:
-  key = re.sub(r"^(module\.)?(CNN\.)?", "", key)
-  return re.sub(r"^base\.([014567])", lambda match: _BASE[match[1]], key)
+def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
+  """The PyTorch name of the variable with a path like ("params", "head", ...).
 
-
-def _torch_name(path: tuple[str, ...]) -> str:
-  """("params", "backbone", "layer1_0", "conv1", "kernel") and its like."""
-  _, part, *names, leaf = path
-  name = ".".join(names)
-  name = re.sub(r"_(\d)", r".\1", name) if part == "backbone" else _HEAD[name]
+  All stripes are one variable, and their name has "{}" in place of a number.
+  """
+  _, part, *names = path
+  if part == "backbone":
+    name, leaf = encoder.backbone.torch_name(tuple(names)).rsplit(".", 1)
+  else:
+    name, leaf = _HEAD[names[0]], names[-1]
   return f"{name}.{_LEAVES.get(leaf, leaf)}"
 
 
-def _replace(path: tuple[str, ...], old, state: dict[str, np.ndarray]):
-  name = _torch_name(path)
+def _replace(encoder, path, old, state):
+  name = torch_name(encoder, path)
   keys = [name]
-  if "{}" in name:  # all stripes are one array of ours
+  if "{}" in name:
     keys = [key for i in range(len(state)) if (key := name.format(i)) in state]
   if not keys or keys[0] not in state:
     if path[1] == "head":

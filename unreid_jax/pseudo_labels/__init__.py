@@ -1,6 +1,7 @@
 """Pseudo labels: nearest neighbours, Jaccard distance, clustering.
 
-Numpy in, numpy out; the search runs on whatever devices JAX sees.
+All functions take and return numpy arrays, and the search runs on whatever
+devices JAX sees.
 """
 
 from unreid_jax.pseudo_labels.dbscan import dbscan

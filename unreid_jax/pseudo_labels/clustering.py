@@ -1,18 +1,22 @@
 """From features to the pseudo labels of an epoch, and how good they are."""
 
+import contextlib
 import dataclasses
+import functools
 import time
-import types
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from unreid_jax.config import check_values
+from unreid_jax import values
 from unreid_jax.pseudo_labels.dbscan import dbscan
-from unreid_jax.pseudo_labels.infomap import check_installed, infomap
+from unreid_jax.pseudo_labels.infomap import (
+  check_installed,
+  infomap_from_neighbors,
+)
 from unreid_jax.pseudo_labels.jaccard import (
   TooManyPairsError,
   jaccard_from_neighbors,
@@ -20,84 +24,68 @@ from unreid_jax.pseudo_labels.jaccard import (
 from unreid_jax.pseudo_labels.neighbors import neighbors
 
 _EPS_STEP = 0.05
-_EMPTY = types.MappingProxyType({})
 
 
-class Labelling(NamedTuple):
-  """Pseudo labels, and what is to be reported of them.
+class Clusters(NamedTuple):
+  """Pseudo labels of all images, and how they came about.
 
   Attributes:
-    labels: of all train images; -1 = outlier.
-    scalars: figures of the epoch.
-    seconds: of each part.
+    labels: for each gap the label of each image; -1 = outlier.
+    eps: the eps that was used, to which the gaps are added.
+    seconds: how long each part took.
     notes: what a user should know, a line each.
-    state: fields of the method's state that only the labelling knows, by name;
-      the loop replaces them before `refresh`.
   """
 
-  labels: Int[np.ndarray, " n"]
-  scalars: Mapping[str, float] = _EMPTY
-  seconds: Mapping[str, float] = _EMPTY
-  notes: tuple[str, ...] = ()
-  state: Mapping[str, np.ndarray] = _EMPTY
+  labels: tuple[Int[np.ndarray, " n"], ...]
+  eps: float
+  seconds: dict[str, float]
+  notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Clustering:
+class Clustering(values.Checked):
   """How a method clusters the images; the part that all of them share.
 
   Attributes:
     clustering: "dbscan" on the k-reciprocal Jaccard distance, or "infomap" on
       the graph of similar neighbours.
-    k1: neighbours of an image, itself included.
-    k2: neighbours whose encodings are averaged (Jaccard); 1: none.
-    eps: largest distance of neighbours for DBSCAN, smallest cosine similarity
-      of neighbours for InfoMap.
-    min_samples: neighbours that make a core point of DBSCAN, itself included;
-      the smallest cluster that InfoMap keeps.
-    center_cameras: subtracts each camera's mean feature before clustering.
-      Ours, not the papers': from random weights most of what a feature shows is
-      its camera.
-    instance_epochs: first epochs in which every image is a cluster of its own.
-      Ours too, for random weights, whose clusters are worth nothing.
+    k1: how many neighbours an image has, itself included.
+    k2: over how many neighbours, the image included, the encodings of the
+      Jaccard distance are averaged; 1: none.
+    eps: the largest distance of neighbours for DBSCAN, the smallest cosine
+      similarity of neighbours for InfoMap.
+    min_samples: how many neighbours make a core point of DBSCAN, itself
+      included; the size of the smallest cluster that InfoMap keeps.
+    center_cameras: whether each camera's mean feature is subtracted before
+      clustering. It is ours, not the papers': from random weights most of what
+      a feature shows is its camera.
+    instance_epochs: how many epochs at the start have every image as a cluster
+      of its own. It is ours too, for random weights, whose clusters are worth
+      nothing.
   """
 
-  clustering: str = "dbscan"
-  k1: int = 30
-  k2: int = 6
-  eps: float = 0.6
-  min_samples: int = 4
+  clustering: Literal["dbscan", "infomap"] = "dbscan"
+  k1: Annotated[int, values.Range(2)] = 30
+  k2: values.Count = 6
+  eps: values.InsideUnit = 0.6
+  min_samples: values.Count = 4
   center_cameras: bool = False
-  instance_epochs: int = 0
+  instance_epochs: values.CountOrNone = 0
 
   def __post_init__(self):
-    check_values(self, {"clustering": ("dbscan", "infomap")}, _RANGES)
+    super().__post_init__()
     if self.clustering == "infomap":
       check_installed()
-
-
-# Some are of a method's own.
-_RANGES = (
-  ("k1", lambda x: x >= 2, "to 2 or more"),
-  ("k2", lambda x: x >= 1, "to 1 or more"),
-  ("min_samples", lambda x: x >= 1, "to 1 or more"),
-  ("eps", lambda x: 0 < x < 1, "between 0 and 1"),
-  ("instance_epochs", lambda x: x >= 0, "to 0 or more"),
-  ("num_instances", lambda x: x >= 1, "to 1 or more"),
-  ("temperature", lambda x: x > 0, "above 0"),
-  ("momentum", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
-  ("label_smoothing", lambda x: 0 <= x < 1, "to 0 or more, below 1"),
-  ("hard_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
-)
 
 
 def cluster(
   hp: Clustering,
   features: Float[np.ndarray, "n d"],
   camids: Int[np.ndarray, " n"],
-  epoch: int,
-) -> Labelling:
-  """Clusters the images of an epoch, n / 2 clusters at most.
+  gaps: tuple[float, ...] = (0.0,),
+  outliers_are_classes: bool = False,
+) -> Clusters:
+  """Clusters all images, at one eps or at several around it.
 
   With less than two clusters there is nothing to contrast. Then eps is moved in
   steps of .05 until there are two or more: to tighter ones if one cluster holds
@@ -105,60 +93,83 @@ def cluster(
   fewer than two clusters.
 
   Args:
-    hp: how.
-    features: unit features of the train images.
-    camids: their cameras.
-    epoch: from 0.
+    hp: how to cluster.
+    features: unit features of the images.
+    camids: the cameras of the images.
+    gaps: how much looser than eps each labelling is: DBSCAN's eps grows by the
+      gap, InfoMap's falls. The first is 0, and its clusters are counted.
+    outliers_are_classes: whether outliers are contrasted too. Then eps only
+      moves if one cluster holds half of the images.
   """
-  if epoch < hp.instance_epochs:
-    return Labelling(np.arange(len(features), dtype=np.int32))
-  seconds = {}
   if hp.center_cameras:
     features = center_by_camera(features, camids)
-  if hp.clustering == "dbscan":
-    found = timed(seconds, "neighbors", neighbors, features, hp.k1)
+  seconds, notes, eps = {}, (), hp.eps
+  label_at = _labeller(hp, features, gaps, seconds)
+  labels = label_at(eps)
+  if _is_useless(labels[0], outliers_are_classes):
+    num, end = labels[0].max(initial=-1) + 1, "no other eps makes two"
+    for eps in _other_eps(hp, _is_giant(labels[0]), gaps):
+      labels = label_at(eps)
+      if not _is_useless(labels[0], outliers_are_classes):
+        end = f"this epoch has eps {eps}"
+        break
+    notes = (f"eps {hp.eps} makes {num} cluster(s); {end}",)
+  return Clusters(labels, eps, seconds, notes)
 
+
+def _labeller(hp, features, gaps, seconds) -> Callable:
+  """A function from eps to the labels at each gap, by one neighbour search."""
+  with _timed(seconds, "neighbors"):
+    found = neighbors(features, hp.k1)
   jaccard, reach = None, 0.0  # the distances up to the loosest eps so far
 
-  def attempt(eps):
+  def label_at(eps):
     nonlocal jaccard, reach
+    each_eps = [eps + _looser(hp) * gap for gap in gaps]
     if hp.clustering == "infomap":
-      arguments = features, hp.k1, eps, hp.min_samples
-      return timed(seconds, "infomap", infomap, *arguments)
-    if eps > reach:
-      arguments = features, *found, hp.k2, eps
-      try:
-        jaccard = timed(seconds, "jaccard", jaccard_from_neighbors, *arguments)
-      except TooManyPairsError:  # nearly all are alike
-        return np.zeros(len(features), np.int32)
-      reach = eps
-    return timed(seconds, "dbscan", dbscan, jaccard, eps, hp.min_samples)
-
-  eps, labels, notes = hp.eps, attempt(hp.eps), []
-  begin = f"eps {eps} makes {labels.max(initial=-1) + 1} cluster(s)"
-  if labels.max(initial=-1) < 1:
-    is_giant = np.mean(labels == 0) >= 0.5
-    looser = 1 if hp.clustering == "dbscan" else -1  # InfoMap's is a similarity
-    step = -looser * _EPS_STEP if is_giant else looser * _EPS_STEP
-    moves = np.round(hp.eps + step * np.arange(1, 1 / _EPS_STEP), 4).tolist()
-    for eps in (x for x in moves if 0 < x < 1):
-      labels = attempt(eps)
-      if labels.max(initial=-1) > 0:
-        notes.append(f"{begin}; this epoch has eps {eps}")
-        break
+      run = functools.partial(infomap_from_neighbors, *found)
     else:
-      notes.append(f"{begin}; no other eps makes two")
-  kept = keep_largest(labels, max(len(labels) // 2, 2))
-  if kept is not labels:
-    of = labels.max() + 1
-    notes.append(f"the {kept.max() + 1} largest of {of} clusters are kept")
-  return Labelling(kept, {"eps": eps}, seconds, tuple(notes))
+      if (loosest := max(each_eps)) > reach:
+        try:
+          with _timed(seconds, "jaccard"):
+            jaccard = jaccard_from_neighbors(features, *found, hp.k2, loosest)
+        except TooManyPairsError:  # nearly all are alike
+          return (np.zeros(len(features), np.int32),) * len(gaps)
+        reach = loosest
+      run = functools.partial(dbscan, jaccard)
+    with _timed(seconds, hp.clustering):
+      return tuple(run(eps, hp.min_samples) for eps in each_eps)
+
+  return label_at
+
+
+def _looser(hp):
+  """The sign of a step to a looser eps; InfoMap's eps is a similarity."""
+  return 1 if hp.clustering == "dbscan" else -1
+
+
+def _other_eps(hp, is_giant, gaps):
+  """The steps from eps that leave it between 0 and 1 at each gap."""
+  step = _EPS_STEP * _looser(hp) * (-1 if is_giant else 1)
+  moves = np.round(hp.eps + step * np.arange(1, 1 / _EPS_STEP), 4).tolist()
+  offsets = [_looser(hp) * gap for gap in gaps]
+  return [x for x in moves if 0 < x + min(offsets) <= x + max(offsets) < 1]
+
+
+def _is_giant(labels):
+  return np.mean(labels == 0) >= 0.5
+
+
+def _is_useless(labels, outliers_are_classes):
+  """Whether nothing can be contrasted."""
+  is_few = labels.max(initial=-1) < 1
+  return is_few and (_is_giant(labels) or not outliers_are_classes)
 
 
 def center_by_camera(
   features: Float[np.ndarray, "n d"], camids: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n d"]:
-  """Unit features after each camera's mean has been subtracted."""
+  """Subtracts each camera's mean, and scales to unit length again."""
   centered = np.array(features)
   for camera in np.unique(camids):
     centered[camids == camera] -= features[camids == camera].mean(axis=0)
@@ -166,30 +177,41 @@ def center_by_camera(
   return centered / np.maximum(norms, 1e-12)
 
 
-def keep_largest(labels: Int[np.ndarray, " n"], most: int):
-  """Labels with at most so many clusters; the images of the rest are -1."""
+def keep_largest(
+  labels: Int[np.ndarray, " n"], most: int
+) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
+  """Keeps the largest clusters, and makes outliers of the images of the rest.
+
+  Args:
+    labels: the label of each image; -1 = outlier.
+    most: how many clusters are kept at most.
+
+  Returns:
+    The labels, and a note if there were more clusters.
+  """
   sizes = np.bincount(labels[labels >= 0])
   if len(sizes) <= most:
-    return labels
+    return labels, ()
   kept = np.sort(np.argsort(-sizes, kind="stable")[:most])
   renumber = np.full(len(sizes) + 1, -1, labels.dtype)
   renumber[kept] = np.arange(most)
-  return renumber[labels]
+  note = f"the {most} largest of {len(sizes)} clusters are kept"
+  return renumber[labels], (note,)
 
 
 def describe(
   labels: Int[np.ndarray, " n"], pids: Int[np.ndarray, " n"] | None = None
-):
-  """How many clusters of which sizes, and how true they are.
+) -> dict[str, float | int]:
+  """How many clusters of which sizes there are, and how true they are.
 
   Args:
-    labels: pseudo labels; -1 = outlier, and so is a cluster of one image.
+    labels: pseudo labels; -1 = outlier. A cluster of one image counts as one.
     pids: the true identities, if they are known.
 
   Returns:
-    clusters, outliers, quantiles of the cluster sizes; with pids NMI, ARI, and
-    precision and recall of the pairs of images that share a label. Each
-    outlier counts as a cluster of its own here.
+    The numbers of clusters and outliers, and quantiles of the cluster sizes.
+    With pids also NMI, ARI, and precision and recall of the pairs of images
+    that share a label; for these each outlier is a cluster of its own.
   """
   sizes = np.bincount(labels[labels >= 0])
   labels = np.where(np.isin(labels, np.flatnonzero(sizes == 1)), -1, labels)
@@ -213,9 +235,11 @@ def describe(
   }
 
 
-def timed(seconds: dict[str, float], name: str, function, *arguments):
-  """The function's result; adds the seconds it took under that name."""
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+  """Adds the seconds that its body takes under that name."""
   start = time.perf_counter()
-  result = function(*arguments)
-  seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-  return result
+  try:
+    yield
+  finally:
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

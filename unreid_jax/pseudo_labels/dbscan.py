@@ -11,15 +11,13 @@ def dbscan(
   eps: float = 0.6,
   min_samples: int = 4,
 ) -> Int[np.ndarray, " n"]:
-  """Density-based clusters of distances; what is not stored is too far.
-
-  The labels are those of scikit-learn on the dense matrix.
+  """Finds density-based clusters, those of scikit-learn on the dense matrix.
 
   Args:
-    distances: [n, n], symmetric, with every entry <= eps stored; also any
-      other sparse format, or dense.
-    eps: largest distance of two neighbours.
-    min_samples: neighbours, itself included, that make a core point.
+    distances: a symmetric matrix [n, n], in any sparse format or dense. What
+      it does not store is farther than eps.
+    eps: the largest distance of two neighbours.
+    min_samples: how many neighbours make a core point, itself included.
 
   Returns:
     Labels i32[n] from 0 on, in the order of each cluster's first core point;

@@ -7,11 +7,11 @@ from jaxtyping import Int
 def merged_into(
   labels: Int[np.ndarray, " n"], loose: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " k"]:
-  """The looser cluster in which most images of each class are.
+  """Finds the looser cluster that holds most images of each class.
 
   Args:
-    labels: classes from 0 on, none without an image.
-    loose: any labels; -1 counts as one of them.
+    labels: the class of each image, from 0 on; none is without an image.
+    loose: the looser cluster of each image; -1 counts as one of them.
   """
   pairs, counts = np.unique(
     np.stack([labels, loose]), axis=1, return_counts=True
@@ -31,18 +31,19 @@ def report(
 
   All images are anchors; the proxy of another class is false if most of its
   images are of the anchor's identity, and masked if both classes have the same
-  looser cluster. For diagnosis only.
+  looser cluster. It is for diagnosis only.
 
   Args:
-    labels: class of each image.
-    loose: looser cluster of each class; -1: none.
-    pids: true identities; None or negative ones: unknown.
+    labels: the class of each image.
+    loose: the looser cluster of each class; -1: none.
+    pids: the true identities; None or negative ones: unknown.
 
   Returns:
-    false_negatives: their share of all negatives, the true tau_plus.
-    mask_precision: share of the masked proxies that are false.
-    mask_missed: share of the false ones that are not masked.
-    What would be divided by zero is left out, and all if pids are unknown.
+    These shares by their names; without those of nothing, and none at all if
+    the identities are unknown.
+    false_negatives: the share of false negatives in all, the true tau_plus.
+    mask_precision: the share of false ones in the masked proxies.
+    mask_missed: the share of the false ones that are not masked.
   """
   if pids is None or (pids < 0).any():
     return {}
@@ -63,7 +64,7 @@ def report(
 
 
 def _count(keys, wanted):
-  """How often each of `wanted` is among the keys."""
+  """Counts how often each of `wanted` is among the keys."""
   numbers = np.unique(np.append(keys, wanted), return_inverse=True)[1]
   counts = np.bincount(numbers[: len(keys)], minlength=len(numbers))
   return counts[numbers[len(keys) :]]

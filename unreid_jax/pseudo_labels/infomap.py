@@ -1,4 +1,4 @@
-"""Communities of the graph of similar neighbours, by InfoMap."""
+"""InfoMap: communities of the graph of similar neighbours."""
 
 import importlib.util
 
@@ -22,10 +22,10 @@ def infomap(
 
   Args:
     features: unit features.
-    k: neighbours of an image, itself included.
-    min_similarity: of two neighbours.
-    min_size: of a cluster; the images of smaller ones are outliers. The
-      reference counts differently: its `cluster_num` is min_size - 1.
+    k: how many neighbours an image has, itself included.
+    min_similarity: the smallest cosine similarity of two neighbours.
+    min_size: the size of the smallest cluster; the images of smaller ones are
+      outliers. The reference's `cluster_num` is min_size - 1.
 
   Returns:
     Labels i32[n] from 0 on, in the order of each cluster's first image;
@@ -38,12 +38,23 @@ def infomap(
   cluster-contrast-reid), functions get_dist_nbr and cluster_by_infomap.
   """
   check_installed()
+  return infomap_from_neighbors(
+    *neighbors(features, k), min_similarity, min_size
+  )
+
+
+def infomap_from_neighbors(
+  distances: Float[np.ndarray, "n m"],
+  indices: Int[np.ndarray, "n m"],
+  min_similarity: float = 0.5,
+  min_size: int = 5,
+) -> Int[np.ndarray, " n"]:
+  """As `infomap`, from the result of the search for k neighbours."""
   from infomap import Infomap
 
-  distances, indices = neighbors(features, k)
   similarities = 1 - distances[:, 1:] / 2
   row, column = np.nonzero(similarities >= min_similarity)
-  modules = np.arange(len(features)) + len(features)  # images without an edge
+  modules = np.arange(len(indices)) + len(indices)  # images without an edge
   if len(row):
     network = Infomap("--two-level --directed --silent")
     ends = indices[:, 1:][row, column]
@@ -56,7 +67,7 @@ def infomap(
 
 
 def check_installed() -> None:
-  """Raises a UserError without the package."""
+  """Raises a UserError if the package infomap is not installed."""
   if importlib.util.find_spec("infomap") is None:
     raise UserError(
       "InfoMap is not installed: pip install -r requirements-infomap.txt"

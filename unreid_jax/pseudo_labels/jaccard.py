@@ -1,7 +1,7 @@
 """The k-reciprocal Jaccard distance, sparse from end to end.
 
 A row of the encoding V has some thirty entries, and two images overlap in few
-of them; so V is kept as rows and as columns, and every image only meets the
+of them. So V is kept as rows and as columns, and every image only meets the
 images that share a column with it.
 """
 
@@ -16,7 +16,7 @@ from unreid_jax import UserError
 from unreid_jax.pseudo_labels.k_reciprocal import encode, reciprocal_distances
 from unreid_jax.pseudo_labels.neighbors import neighbors
 
-_MAX_ENTRIES = 2**29  # of a matrix: 4 GB
+_MAX_ENTRIES = 2**29  # that a matrix may have: 4 GB
 _SPAN = 64  # overlaps that are looked at together
 
 
@@ -34,13 +34,17 @@ def jaccard_distance(
 
   Args:
     features: unit features.
-    k1: neighbours of an image, itself included; all if there are fewer.
-    k2: neighbours, itself included, whose encodings are averaged; 1: none.
-    max_distance: the largest distance that is stored, below 1.
+    k1: how many neighbours an image has, itself included; all images if there
+      are fewer.
+    k2: over how many neighbours, the image included, an encoding is averaged;
+      1: none.
+    max_distance: the largest distance that is stored, below 1; None stores
+      every distance below 1.
 
   Returns:
-    f32[n, n], symmetric, with the diagonal of zeros and sorted columns. Stored
-    is what is <= max_distance, or < 1; every other distance is farther, or 1.
+    A symmetric matrix f32[n, n] with sorted columns, which stores the zeros of
+    its diagonal too. A distance that is not stored is larger than
+    max_distance; without one, it is 1.
 
   Raises:
     UserError: a feature is not finite, max_distance is not in [0, 1), k1 or k2
@@ -61,10 +65,7 @@ def jaccard_from_neighbors(
   k2: int = 6,
   max_distance: float | None = None,
 ) -> csr_array:
-  """`jaccard_distance` after the search; distances and indices are its result.
-
-  k1 is their number of columns.
-  """
+  """As `jaccard_distance`, from the result of the search for k1 neighbours."""
   if max_distance is None:
     limit = np.nextafter(np.float32(1), np.float32(0))
   elif 0 <= max_distance < 1:
@@ -80,7 +81,7 @@ def jaccard_from_neighbors(
 
 
 def by_column(encoding: csr_array) -> tuple[tuple[np.ndarray, ...], ...]:
-  """The three arrays of the rows, and those of the columns."""
+  """Returns the three arrays of the rows, and those of the columns."""
   columns = encoding.tocsc()
   # numba need not look for negative indices if they are unsigned.
   indices = columns.indices.view(np.uint32)
@@ -121,7 +122,7 @@ def _compare(rows, columns, limit, before, starts, out_columns, out_data):
   """Writes the distances <= limit of each row to itself and later rows.
 
   Those of row i go to starts[i] and after. If there is no room for any, it
-  counts: row i's in starts[i], those of earlier rows to it in before[:, i].
+  counts them: row i's in starts[i], those from earlier rows in before[:, i].
   """
   threads, n = before.shape
   counting = len(out_data) == 0
@@ -158,7 +159,7 @@ def _compare(rows, columns, limit, before, starts, out_columns, out_data):
 @no_type_check
 @numba.njit(cache=True)
 def add_overlaps(i, first, rows, columns, overlap):
-  """overlap[j] += sum_c min(V[i, c], V[j, c]) for all j >= first."""
+  """Adds sum_c min(V[i, c], V[j, c]) to overlap[j] for all j >= first."""
   indptr, members, values = columns
   for e in range(rows[0][i], rows[0][i + 1]):
     c, value = rows[1][e], rows[2][e]

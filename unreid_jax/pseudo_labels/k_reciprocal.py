@@ -19,10 +19,10 @@ def reciprocal_distances(
   """Squared distances of each image to its expanded k-reciprocal set.
 
   Args:
-    features: of the images.
-    distances: squared distances to the nearest images.
-    indices: the nearest images, itself included.
-    half: how many of them make the sets that expand another one.
+    features: the features of the images.
+    distances: the squared distances of each image to its nearest ones.
+    indices: the nearest images of each, itself included.
+    half: how many of them make the smaller sets that expand another set.
   """
   n, k = indices.shape
   half = min(half, k)
@@ -41,7 +41,7 @@ def reciprocal_distances(
 def encode(
   exponents: csr_array, indices: Int[np.ndarray, "n m"], k2: int
 ) -> csr_array:
-  """V: the softmax of each row of -exponents, averaged over k2 neighbours."""
+  """Makes V: the softmax of each row of -exponents, averaged over k2 rows."""
   if k2 < 1:
     raise UserError(f"k2 is {k2}: set it to 1 (no average) or more")
   n = len(indices)
@@ -67,7 +67,7 @@ def encode(
 @no_type_check
 @numba.njit(parallel=True, cache=True)
 def _positions(indices):
-  """[i, c]: where row i stands in the list of its c-th neighbour, or k."""
+  """Finds where row i stands in the list of its c-th neighbour (k: nowhere)."""
   n, k = indices.shape
   positions = np.full((n, k), k, np.int16)
   for i in numba.prange(n):

@@ -16,14 +16,16 @@ _BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
 def neighbors(
   features: Float[np.ndarray, "..."], k: int
 ) -> tuple[Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]]:
-  """The k nearest rows of each row, itself included.
+  """Finds the k nearest rows of each row, itself included.
 
-  Exact, and never an [n, n] matrix: a block of rows at a time against all rows,
-  which are spread over the devices of `jax.set_mesh`, or over all devices.
+  The search is exact and holds no [n, n] matrix: it compares a block of rows at
+  a time with all rows, which are spread over the devices of `jax.set_mesh`, or
+  over all devices.
 
   Args:
-    features: [n, d], of any length.
-    k: neighbours of a row, itself included; all rows if there are fewer.
+    features: rows [n, d], which need not be of unit length.
+    k: how many neighbours a row gets, itself included; all rows if there are
+      fewer.
 
   Returns:
     Squared Euclidean distances f32[n, m] and rows i32[n, m] with m = min(k, n),
@@ -41,7 +43,7 @@ def search(
 ) -> tuple[
   Float[np.ndarray, "n m"], Int[np.ndarray, "n m"], Float[np.ndarray, " n"]
 ]:
-  """`neighbors`, and the largest squared distance from each row."""
+  """As `neighbors`, and the largest squared distance from each row."""
   if k < 1:
     raise UserError(f"k is {k}: ask for 1 neighbour or more")
   if features.ndim != 2 or not features.size:
@@ -80,7 +82,7 @@ def _mesh():
 @functools.partial(jax.jit, static_argnames=("n", "k"))
 def _search_block(bank, features, rows, n, k):
   distances = jnp.maximum(memory.squared_distances(bank, features), 0)
-  column = jnp.arange(len(bank))
+  column = jnp.arange(len(bank), dtype=rows.dtype)[None]
   farthest = jnp.max(jnp.where(column < n, distances, 0), axis=1)
   distances = jnp.where(column < n, distances, jnp.inf)
   # A row comes before its duplicates.

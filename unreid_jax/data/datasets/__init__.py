@@ -1,5 +1,6 @@
-"""TFDS builders of the public sets, one a file; `layout` is what they share.
+"""TFDS builders, one file for each public set; `layout` is what they share.
 
 They read the folder or zip as people have it, never download, and keep the
-encoded images as array_record files, in the order of the sorted file names.
+encoded images as array_record files, in the order of the sorted file names. A
+file's name is the dataset's, and the `name` of the builder in it.
 """

@@ -14,7 +14,7 @@ class CUHK03NP(layout.Builder):
   }
 
   def find(self, root: str, version: str) -> dict[str, list[File]]:
-    """A root without folders named after versions is taken as it is."""
+    """Takes the root as it is if no folder in it is named after a version."""
     folders = [f"cuhk03-np/{version}", version, "cuhk03-np"]
     return layout.market_files(
       layout.locate(root, folders, "bounding_box_train")

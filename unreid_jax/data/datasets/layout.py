@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 
-from unreid_jax import UserError
+from unreid_jax import UserError, progress
 from unreid_jax.data.images import File, fingerprint, is_image
 
 Folder = pathlib.Path | zipfile.Path
@@ -24,10 +24,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   """A set in Market-1501 layout; each subclass says where it differs.
 
   Attributes:
-    FOLDER: where the set lies in a root that holds it.
-    SIZES: published images in train, query and gallery, by version; the first
-      version is the default.
-    NOTE: what everyone who uses the set must know; logged each time.
+    FOLDER: the path of the set inside a root that holds it.
+    SIZES: how many images train, query and gallery have as published, for each
+      version; the first version is the default.
+    NOTE: a warning to everyone who uses the set, logged each time.
     files: the images of each split, sorted by name.
   """
 
@@ -38,23 +38,19 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   code_path = None  # TFDS would look beside it for checksums and citations
 
   def __init__(
-    self,
-    *,
-    root: str,
-    data_dir: str | os.PathLike,
-    version: str = "",
-    track: Callable = lambda items, description, total: items,
+    self, *, root: str, data_dir: str | os.PathLike, version: str = ""
   ):
     """Finds and lists the files; they are not read yet.
 
     Args:
       root: the unpacked set, the folder that holds it or its zip, or the zip.
-      data_dir: of prepared sets, one folder for each state of the source.
+      data_dir: where prepared sets are kept, one folder for each state of the
+        source.
       version: a key of `SIZES`.
-      track: draws the progress bar.
 
     Raises:
-      UserError: no such set, no images, or a name that does not parse.
+      UserError: the set or its images are missing, a file's name does not say
+        who is on it, or there is no such version.
     """
     version = version or next(iter(self.SIZES))
     if version not in self.SIZES:
@@ -62,7 +58,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         f'{self.name} has no version "{version}": set dataset.version to '
         f'"{" or ".join(filter(None, self.SIZES))}"'
       )
-    self._track = track
     self.files = self.find(root, version)
     if self.NOTE:
       _log.warning("%s: %s", self.name, self.NOTE)
@@ -78,7 +73,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     return market_files(locate(root, [self.FOLDER], "bounding_box_train"))
 
   def open_reader(self, split: str) -> Callable[[int], bytes]:
-    """Prepares the set unless it is, and gives access to encoded images."""
+    """Prepares the set if need be.
+
+    Returns:
+      a function from a position in the split to that image, encoded.
+    """
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(
       try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
@@ -89,7 +88,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     return lambda i: source[i]["image"]
 
   def _say_nothing(self) -> None:
-    """Instead of TFDS's lines about a download, which there is none of."""
+    """Replaces TFDS's lines about a download: there is none."""
 
   _log_download_bytes = _log_download_done = _say_nothing
 
@@ -123,7 +122,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
     files = self.files[split]
-    for file in self._track(files, f"read {split}", len(files)):
+    for file in progress.track(files, f"read {split}"):
       values = file._asdict() | {"image": io.BytesIO(file.path.read_bytes())}
       del values["path"]
       yield file.name, values
@@ -160,12 +159,15 @@ def parse(path: Folder) -> File:
 
 
 def locate(root: str, folders: Sequence[str], *markers: str) -> Folder:
-  """The first of some folders in a root, or the root, that holds a marker.
+  """Finds the folder of a set, by a folder that it must hold.
 
   Args:
     root: a folder, in which zips are searched too, or a zip.
-    folders: relative to the root.
-    markers: folders that must be inside, any of them.
+    folders: where the set may lie in the root, best first; then comes the root.
+    markers: folders of which the set must hold one, best first.
+
+  Raises:
+    UserError: there is no such root, or it does not hold the set.
   """
   for place in _places(root):
     for marker in markers:
@@ -179,7 +181,7 @@ def locate(root: str, folders: Sequence[str], *markers: str) -> Folder:
 
 
 def _places(root: str) -> Iterator[Folder]:
-  """A folder and the zips in it; or a zip."""
+  """The folder and the zips in it, or the one zip."""
   path = pathlib.Path(root).expanduser()
   if not root or not path.exists():
     raise UserError(

@@ -13,10 +13,10 @@ _FOLDERS = {  # of the train and the test images
 
 
 class MSMT17(layout.Builder):
-  """MSMT17: 4,101 people under 15 cameras; train is train and val.
+  """MSMT17: 4,101 people under 15 cameras; its val is part of train here.
 
-  In V2 faces are blurred, and it scores lower than V1, which papers use. Pid 0
-  is a person as any other. Also read: V1 in Market-1501 layout.
+  Papers use V1. In V2 faces are blurred, and scores are lower. Pid 0 is a
+  person like any other. V1 may also be in Market-1501 layout.
   """
 
   name = "msmt17"
@@ -27,7 +27,7 @@ class MSMT17(layout.Builder):
   }
 
   def find(self, root: str, version: str) -> dict[str, list[File]]:
-    """Takes V1 where both are and no version is asked for."""
+    """Without a version, takes V1 where it finds both."""
     asked = [version] if version else list(_FOLDERS)
     markers = [_FOLDERS[v][0] for v in asked]
     if "V1" in asked:
@@ -50,7 +50,10 @@ class MSMT17(layout.Builder):
 
 
 def _listed(folder, images, *lists: str) -> list[File]:
-  """Lines like "0000/0000_000_01_0303morning_0008_0.jpg 0": camera 1, pid 0."""
+  """Reads lines like "0000/0000_000_01_0303morning_0008_0.jpg 0".
+
+  That is camera 1 and pid 0.
+  """
   files = []
   for name in lists:
     if not (folder / name).is_file():

@@ -1,5 +1,6 @@
 """Cameras of the synthetic set: each with a scene, an optic, a sensor."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,32 +24,32 @@ BOTTOMS = (
 class Camera(NamedTuple):
   """What stays the same from person to person."""
 
-  scene: Float[np.ndarray, "scene_h scene_w 3"]
-  gains: Float[np.ndarray, " 3"]
+  scene: Float[np.ndarray, "scene_h scene_w 3"]  # RGB in 0..1
+  gains: Float[np.ndarray, " 3"]  # exposure, with a colour cast
   gamma: float
-  blur: float
-  scale: float
-  pitch: float
-  heading: float
-  light: float
+  blur: float  # pixels, one standard deviation
+  scale: float  # a person's height over the image's
+  pitch: float  # radians by which it looks down
+  heading: float  # radians, the direction of most people; 0: towards it
+  light: float  # -1: from the left, 1: from the right
 
 
 def make_rng(*key: int) -> np.random.Generator:
-  """A stream of its own for each key."""
+  """Random numbers that depend on nothing but the key."""
   return np.random.Generator(np.random.PCG64(key))
 
 
 def pick_colour(
-  rng: np.random.Generator, colours, jitter: float = 0.04
+  rng: np.random.Generator, colours: Sequence, jitter: float = 0.04
 ) -> Float32[np.ndarray, "3"]:
-  """One of some colours, shifted by up to `jitter` in each channel."""
+  """A random one of the colours, each channel changed by up to `jitter`."""
   colour = np.asarray(colours[rng.integers(len(colours))], np.float32)
   shift = rng.uniform(-jitter, jitter, 3).astype(np.float32)
   return np.clip(colour + shift, 0, 1)
 
 
 def make_cameras(seed: int, count: int) -> list[Camera]:
-  """Casts, exposures, blurs, scales and pitches are spread, then shuffled."""
+  """Cameras whose casts, exposures, blurs, scales and pitches all differ."""
   rng = make_rng(seed, 0)
   spread = [rng.permutation(count) / max(count - 1, 1) for _ in range(5)]
   turns = rng.permutation(count)[:, None] / count + np.arange(3) / 3
@@ -99,9 +100,9 @@ def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
 
 
 def expose(
-  rng: np.random.Generator, canvas, camera: Camera
+  rng: np.random.Generator, canvas: Float[np.ndarray, "h w 3"], camera: Camera
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """What the sensor makes of a canvas: blur, gains, gamma, noise, 8 bits."""
+  """The canvas as the camera sees it: blur, gains, gamma, noise, 8 bits."""
   sigma = camera.blur * rng.uniform(0.8, 1.3)
   canvas = ndimage.gaussian_filter(canvas, (sigma, sigma, 0))
   gains = camera.gains * np.float32(rng.uniform(0.9, 1.1))

@@ -1,7 +1,7 @@
 """Hard negatives around a memory: their proxies, terms and figures.
 
-What HNGN's reconstruction (unreid_jax/methods/hngn.py) computes of generated
-negatives [b, m, d], whoever has made them. Everything is of unit length.
+What the reconstruction computes of generated negatives [b, m, d], whoever has
+made them. Everything is of unit length.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,19 @@ from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import memory
+from unreid_jax.methods import Proxies
 
 
 class Around(NamedTuple):
   """Anchors, and the proxies in the memory that are around them.
 
   Attributes:
-    anchors: unit features.
-    labels: their clusters.
-    own: their clusters' proxies.
-    proxies: the most similar ones of other clusters.
-    clusters: of those proxies.
-    exist: there may be less than m other clusters.
+    anchors: their unit features.
+    labels: the anchors' clusters.
+    own: the proxies of the anchors' clusters.
+    proxies: the most similar proxies of other clusters.
+    clusters: the clusters that these belong to.
+    exist: which of them exist; there may be less than m other clusters.
   """
 
   anchors: Float[Array, "b d"]
@@ -33,29 +34,28 @@ class Around(NamedTuple):
   exist: Bool[Array, "b m"]
 
   def mean(self, x: Float[Array, "b m"]) -> Float[Array, ""]:
-    """Over the proxies that exist; 0 without any."""
-    return jnp.where(self.exist, x, 0).sum() / jnp.maximum(self.exist.sum(), 1)
+    """The mean over the proxies that exist; 0 without any."""
+    num = jnp.maximum(self.exist.sum(), 1).astype(x.dtype)
+    return jnp.where(self.exist, x, 0).sum() / num
 
 
 def around(
-  bank: Float[Array, "k d"],
-  num_clusters: Int[Array, ""],
+  proxies: Proxies,
   features: Float[Array, "b d"],
   labels: Int[Array, " b"],
   num: int,
 ) -> Around:
-  """The `num` negative proxies that are most similar to each feature.
+  """The negative proxies that are most similar to each feature.
 
   Args:
-    bank: proxies, of which the first `num_clusters` exist.
-    num_clusters: likewise.
+    proxies: of all clusters.
     features: the anchors, before they are normalised.
-    labels: their clusters.
-    num: m, of negative proxies an anchor.
+    labels: the anchors' clusters.
+    num: m, the number of negative proxies for each anchor.
   """
-  anchors = memory.normalize(features)
-  columns = jnp.arange(len(bank))
-  is_other = (columns < num_clusters) & (columns != labels[:, None])
+  bank, anchors = proxies.bank, memory.normalize(features)
+  columns = jnp.arange(len(bank))[None]
+  is_other = (columns < proxies.num_clusters) & (columns != labels[:, None])
   similar = memory.similarities(bank, anchors)
   distances, clusters = memory.nearest(
     jnp.where(is_other, -similar, jnp.inf), num
@@ -71,15 +71,13 @@ def around(
 
 
 def logits_of_clusters(
-  bank: Float[Array, "k d"],
-  num_clusters: Int[Array, ""],
-  generated: Float[Array, "b m d"],
-  temperature: float,
+  proxies: Proxies, generated: Float[Array, "b m d"]
 ) -> Float[Array, "bm k"]:
   """What the memory takes negatives for; -inf where there is no cluster."""
   flat = generated.reshape(-1, generated.shape[-1])
-  logits = memory.similarities(bank, flat) / temperature
-  return jnp.where(jnp.arange(len(bank)) < num_clusters, logits, -jnp.inf)
+  logits = memory.similarities(proxies.bank, flat) / proxies.temperature
+  columns = jnp.arange(len(proxies.bank))[None]
+  return jnp.where(columns < proxies.num_clusters, logits, -jnp.inf)
 
 
 def terms(
@@ -92,10 +90,10 @@ def terms(
   """What a generator minimises, as means over all negatives.
 
   Args:
-    near: where they start from.
+    near: the anchors, and the proxies that the negatives start from.
     generated: the negatives.
-    logits: of `logits_of_clusters`.
-    temperature: t, of the logits.
+    logits: what `logits_of_clusters` returns for them.
+    temperature: t, which divides the similarities.
     hardness: "non_saturating" or "min_max".
 
   Returns:
@@ -123,6 +121,11 @@ def figures(
 ) -> dict[str, Float[Array, ""]]:
   """How hard negatives are, and which cluster the memory takes them for.
 
+  Args:
+    near: the anchors, and the proxies that the negatives start from.
+    generated: the negatives.
+    taken_for: the cluster whose proxy is most similar to each negative.
+
   Returns:
     to_anchor, to_proxy: mean similarity of a negative to its anchor, and to
       the proxy that it was made of.
@@ -138,8 +141,8 @@ def figures(
     "to_proxy": dot(generated, near.proxies),
     "proxy_to_anchor": dot(anchors, near.proxies),
     "own_to_anchor": jnp.broadcast_to(own_to_anchor, taken_for.shape),
-    "as_intended": 1.0 * (taken_for == near.clusters),
-    "as_own": 1.0 * (taken_for == near.labels[:, None]),
+    "as_intended": (taken_for == near.clusters).astype(generated.dtype),
+    "as_own": (taken_for == near.labels[:, None]).astype(generated.dtype),
   }
   return {name: near.mean(x) for name, x in each.items()}
 

@@ -1,8 +1,7 @@
 """What a run reports: metrics, TensorBoard, a log, progress, a final table."""
 
+import contextlib
 import json
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,9 @@ import rich.table
 import tensorboardX
 from jax.typing import ArrayLike
 
+from unreid_jax import progress
+from unreid_jax.workdir import Workdir, whole_file
+
 T = TypeVar("T")
 
 _PLAIN_EVERY = 15.0  # seconds between two lines of progress in a log
@@ -28,16 +30,17 @@ class Writer:
   WORKDIR/metrics.jsonl holds a JSON object a line, without times, so that it
   is the same for a run that was interrupted; TensorBoard has the times. Of
   several processes only the first one writes, but each knows the history.
+  While the writer is open, it shows whatever calls `progress.track`.
   """
 
-  def __init__(self, workdir: str):
-    self.folder = pathlib.Path(workdir)
-    self._path = self.folder / "metrics.jsonl"
-    self._lines = _read(self._path)
+  def __init__(self, workdir: Workdir):
+    self.workdir = workdir
+    self._lines = _read(workdir.metrics)
     self._events = None
+    self._stack = contextlib.ExitStack()
     self._is_main = jax.process_index() == 0
     if self._is_main:
-      self.folder.mkdir(parents=True, exist_ok=True)
+      workdir.path.mkdir(parents=True, exist_ok=True)
     self._console = rich.console.Console(
       stderr=True, force_terminal=sys.stderr.isatty()
     )
@@ -55,9 +58,11 @@ class Writer:
     )
 
   def __enter__(self) -> "Writer":
+    self._stack.enter_context(progress.shown_by(self.track))
     return self
 
   def __exit__(self, *_) -> None:
+    self._stack.close()
     if self._bar.tasks:  # of a phase whose loop is still referred to
       self._bar.stop()
     if self._events:
@@ -73,9 +78,9 @@ class Writer:
     self._lines = [x for x in self._lines if step and x["step"] <= step]
     if not self._is_main:
       return
-    partial = self._path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(x) + "\n" for x in self._lines))
-    os.replace(partial, self._path)
+    text = "".join(json.dumps(x) + "\n" for x in self._lines)
+    with whole_file(self.workdir.metrics) as file:
+      file.write(text.encode())
     if had_lines:
       self._events = self._open_events(purge_step=step + 1 if step else 0)
 
@@ -85,16 +90,16 @@ class Writer:
     """Appends scalars: to the file at once, to TensorBoard within 10 s.
 
     Args:
-      step: steps done.
-      kind: such as "train" or "evaluate".
-      scalars: numbers or arrays of one.
+      step: how many steps are done.
+      kind: what they are about, such as "train" or "evaluate".
+      scalars: numbers, or arrays of one number.
     """
     values = {name: float(value) for name, value in scalars.items()}
     line = {"step": int(step), "kind": kind} | values
     self._lines.append(line)
     if not self._is_main:
       return
-    with open(self._path, "a", encoding="utf-8") as file:
+    with open(self.workdir.metrics, "a", encoding="utf-8") as file:
       file.write(json.dumps(line) + "\n")
     self._events = self._events or self._open_events()
     for name, value in values.items():
@@ -119,17 +124,10 @@ class Writer:
     scale: int = 1,
     unit: str = "images",
   ) -> Iterator[T]:
-    """Yields the items and shows how far they are; logs a line at the end.
+    """`progress.track`: shows how far the items are; logs a line at the end.
 
     A progress bar on a terminal; elsewhere a line every 15 seconds. Calls may
     be nested.
-
-    Args:
-      iterable: the items.
-      description: of the phase, a few words.
-      total: units in all; by default `scale` for each item.
-      scale: units an item; the last item may have fewer.
-      unit: what is counted.
     """
     if not self._is_main:
       yield from iterable
@@ -206,16 +204,15 @@ class Writer:
       rich.console.Console(file=file, force_terminal=False).print(table)
 
   def _open_log(self):
-    return open(self.folder / "log.txt", "a", encoding="utf-8")
+    return open(self.workdir.log, "a", encoding="utf-8")
 
   def _open_events(self, purge_step: int | None = None):
-    folder = str(self.folder / "tensorboard")
     return tensorboardX.SummaryWriter(
-      folder, purge_step=purge_step, flush_secs=10
+      str(self.workdir.events), purge_step=purge_step, flush_secs=10
     )
 
 
-def _read(path: pathlib.Path) -> list[dict]:
+def _read(path) -> list[dict]:
   """The lines of a metrics file without the last one if it is torn."""
   if not path.exists():
     return []

@@ -1,23 +1,26 @@
 """Procedural pedestrians: a small re-ID set drawn from a seed, no download.
 
 It is hard in the ways of the real sets. Each camera has a colour cast, an
-exposure, a blur, a scale, a pitch and a scene of its own; pose, heading, crop
-and occluders change from image to image; the three members of a family share
-their clothes but for a few details: bag, hat, shoes; or hair and pattern.
+exposure, a blur, a scale, a pitch and a scene of its own. Pose, heading, crop
+and occluders change from image to image. The people come in families of three,
+who wear the same but for a few details: one has another bag, hat and shoes,
+one has other hair and another pattern.
 
 `python -m unreid_jax.data.synthetic OUT_DIR` writes it in Market-1501 layout.
 """
 
 import itertools
 import pathlib
-import sys
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from unreid_jax.data import pedestrian
-from unreid_jax.data.camera import (
+from unreid_jax import progress
+from unreid_jax.data.images import Dataset, Split
+from unreid_jax.data.synthetic import pedestrian
+from unreid_jax.data.synthetic.camera import (
   BOTTOMS,
   HEIGHT,
   TOPS,
@@ -28,8 +31,7 @@ from unreid_jax.data.camera import (
   make_rng,
   pick_colour,
 )
-from unreid_jax.data.images import Dataset, Split
-from unreid_jax.data.pedestrian import Person
+from unreid_jax.data.synthetic.pedestrian import Person
 
 FAMILY = 3
 
@@ -43,7 +45,7 @@ _SKIN = (
 
 
 def _family(rng: np.random.Generator, top, bottom) -> list[Person]:
-  """Look-alikes: one person, and two with a few details of their own."""
+  """One person, and two who differ from that one in a few details."""
   legs = ("trousers", "trousers", "shorts", "skirt")[rng.integers(4)]
   bags = rng.permutation(["none", "backpack", "shoulder", "hand"])
   patterns = rng.permutation(["plain", "plain", "band", "stripes", "yoke"])
@@ -82,7 +84,7 @@ def _family(rng: np.random.Generator, top, bottom) -> list[Person]:
 
 
 def _groups(seed: int, *counts: int) -> list[list[Person]]:
-  """Groups of these sizes; a family, and its outfit, is in one group only."""
+  """Groups of people, of these sizes; no family is in two of them."""
   outfits = list(itertools.product(TOPS, BOTTOMS))
   order = itertools.cycle(make_rng(seed, 1).permutation(len(outfits)))
   families = (
@@ -161,27 +163,28 @@ def _occlude(rng: np.random.Generator, canvas) -> None:
 def make(
   seed: int = 0,
   *,
+  splits: Collection[str] = Dataset._fields,
   num_train_ids: int = 90,
   num_test_ids: int = 40,
   num_distractors: int = 40,
   num_cameras: int = 4,
   images_per_camera: int = 3,
-  track=lambda items, description, total: items,
 ) -> Dataset:
-  """Draws the whole set, 128 x 64 pixels, the same for the same arguments.
+  """Draws the set, 128 x 64 pixels; the same arguments draw the same set.
 
-  No test identity is in the train split, and no family is in both. Each test
-  identity has, under each camera, one query and `images_per_camera` gallery
-  images; distractors (pid 0) have one image each, in the gallery.
+  No family is in both the train and the test splits. Under each camera, a test
+  identity has one image in the query split, and a train or test identity has
+  `images_per_camera` in the train split or the gallery. A distractor (pid 0)
+  has one image in all, in the gallery.
 
   Args:
-    seed: of everything: people, cameras and poses.
-    num_train_ids: identities of the train split.
-    num_test_ids: identities of query and gallery.
-    num_distractors: gallery images of people who are nobody's match.
-    num_cameras: at least 2 for cross-camera retrieval.
-    images_per_camera: of each identity, in train split and gallery.
-    track: wraps an iterable in a progress bar, as in `data.load`.
+    seed: the random seed of people, cameras and poses.
+    splits: the splits to draw; the others are None.
+    num_train_ids: the number of identities in the train split.
+    num_test_ids: the number of identities in the query split and the gallery.
+    num_distractors: the number of people in the gallery who match no query.
+    num_cameras: the number of cameras, 2 or more.
+    images_per_camera: see above.
   """
   cameras = make_cameras(seed, num_cameras)
   train, test, strangers = _groups(
@@ -189,7 +192,7 @@ def make(
   )
   camids, frames = range(1, num_cameras + 1), range(1, images_per_camera + 1)
   test_pids = range(num_train_ids + 1, num_train_ids + num_test_ids + 1)
-  splits = {
+  shots = {
     "train": itertools.product(range(1, num_train_ids + 1), camids, frames),
     "query": itertools.product(test_pids, camids, [0]),
     "gallery": itertools.chain(
@@ -204,27 +207,21 @@ def make(
     key = (seed, 3, pid, camid)
     return _shoot(key, frame, person, cameras[camid - 1], strangers)
 
-  def draw(name):
-    shots = list(splits[name])
-    images = [shoot(*shot) for shot in track(shots, f"draw {name}", len(shots))]
-    pids, camids, _ = np.asarray(shots, np.int32).T
-    names = (f"{p:04d}_c{c}s1_{f:06d}_00.jpg" for p, c, f in shots)
+  def draw(split):
+    keys = list(shots[split])
+    images = [shoot(*key) for key in progress.track(keys, f"draw {split}")]
+    pids, camids, _ = np.asarray(keys, np.int32).T
+    names = (f"{p:04d}_c{c}s1_{f:06d}_00.jpg" for p, c, f in keys)
     return Split(np.stack(images), pids, camids, tuple(names))
 
-  return Dataset(*map(draw, splits))
+  return Dataset(*(draw(x) if x in splits else None for x in Dataset._fields))
 
 
 def write(dataset: Dataset, out_dir: str) -> None:
-  """Writes JPEGs in Market-1501 layout, for any other code base."""
+  """Writes all three splits as JPEGs in Market-1501 layout."""
   folders = ("bounding_box_train", "query", "bounding_box_test")
   for folder, split in zip(folders, dataset, strict=True):
     path = pathlib.Path(out_dir, folder)
     path.mkdir(parents=True, exist_ok=True)
     for image, name in zip(split.images, split.names, strict=True):
       Image.fromarray(image).save(path / name, quality=95, subsampling=0)
-
-
-if __name__ == "__main__":
-  if len(sys.argv) != 2:
-    sys.exit("usage: python -m unreid_jax.data.synthetic OUT_DIR")
-  write(make(), sys.argv[1])

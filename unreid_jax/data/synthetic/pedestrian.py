@@ -26,7 +26,7 @@ class Person(NamedTuple):
 
 
 class Part(NamedTuple):
-  """A tapered capsule from `a` to `b` in body space, painted far to near."""
+  """A tapered capsule from `a` to `b`; a person is one unit tall."""
 
   a: tuple[float, float, float]
   b: tuple[float, float, float]
@@ -46,7 +46,7 @@ def _limb(start, length, first, second):
 
 
 def _body(person: Person, phase: float, stride: float) -> list[Part]:
-  """Parts of a walker one unit tall: x to its left, y down, z ahead."""
+  """Parts of a walking person: x to the person's left, y down, z ahead."""
   p, parts = person, []
   for side in (-1, 1):
     swing = side * stride * np.sin(phase)
@@ -150,15 +150,15 @@ def draw(
   """Paints a person onto a canvas in place.
 
   Args:
-    canvas: RGB in 0..1.
-    person: who it is.
-    foot: x and y in pixels where the person stands.
-    height: of the person, in pixels.
-    heading: radians; 0 comes towards the camera, pi walks away.
-    pitch: radians by which the camera looks down.
-    phase: of the walking cycle, radians.
-    stride: the greatest angle of the legs, radians.
-    light: -1 from the left to 1 from the right.
+    canvas: the image so far, RGB in 0..1.
+    person: who is painted.
+    foot: x and y of the place where the person stands, in pixels.
+    height: the height of the person, in pixels.
+    heading: where the person walks, in radians; 0: to the camera, pi: away.
+    pitch: by how much the camera looks down, in radians.
+    phase: how far the person is in the walking cycle, in radians.
+    stride: the greatest angle of the legs, in radians.
+    light: where the light comes from, -1 (the left) to 1 (the right).
   """
   _shadow(canvas, foot, height)
   cos, sin = np.cos(heading), np.sin(heading)
@@ -192,7 +192,7 @@ def _shadow(canvas, foot, height) -> None:
 def capsule(
   canvas, a, b, radius_a, radius_b, colour, band=None, pattern="plain", light=0
 ) -> None:
-  """Paints a shaded, antialiased tapered capsule, all in pixels, in place."""
+  """Paints a shaded tapered capsule from a to b, given in pixels, in place."""
   a, b = np.float32(a), np.float32(b)
   reach = max(radius_a, radius_b) + 1
   low = np.maximum(np.floor(np.minimum(a, b) - reach), 0).astype(int)
@@ -216,7 +216,7 @@ def capsule(
 
 
 def _marked(along, pattern: str):
-  """Where a shirt of this pattern has its second colour, along the trunk."""
+  """Whether a shirt has its second colour, at each height of the trunk."""
   if pattern == "stripes":
     return np.floor(along * 7) % 2 == 1
   return (along < 0.3) if pattern == "yoke" else (abs(along - 0.45) < 0.17)

@@ -1,6 +1,7 @@
-"""ResNet and its IBN-a form, as torchvision builds them, last stride 1."""
+"""ResNet and its IBN-a form, as in torchvision but with a last stride of 1."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,14 +10,18 @@ from jaxtyping import Array, Float
 from unreid_jax.models.conv import Conv, max_pool
 from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm
 
-# depth: (blocks of the four stages, bottleneck?)
-DEPTHS = {
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+# The number of blocks in each stage, and whether they are bottlenecks.
+_DEPTHS = {
   18: ((2, 2, 2, 2), False),
   34: ((3, 4, 6, 3), False),
   50: ((3, 4, 6, 3), True),
   101: ((3, 4, 23, 3), True),
   152: ((3, 8, 36, 3), True),
 }
+# Places in the nn.Sequential of Cluster Contrast, SpCL and HHCL.
+_PLACES = {"0": "conv1", "1": "bn1"}
+_PLACES |= {str(i + 3): f"layer{i}" for i in range(1, 5)}
 
 
 class ResNet(nn.Module):
@@ -27,13 +32,17 @@ class ResNet(nn.Module):
   code base since Luo et al., CVPRW 2019 ("bag of tricks").
 
   Attributes:
-    depth: 18, 34, 50, 101 or 152.
-    ibn: IBN-a: the first norm of each block of stages 1 to 3 is half
-      instance norm.
-    width: multiplies all channels; 64 * width is rounded to a multiple of 8.
-    bn_group_size, bn_running: see GhostBatchNorm.
-    dtype: of the computation; parameters are always float32.
+    depth: the number of layers, 18, 34, 50, 101 or 152.
+    ibn: whether the first norm in each block of stages 1 to 3 is an instance
+      norm for half of the channels (IBN-a).
+    width: what the number of channels is multiplied by; 64 * width is rounded
+      to a multiple of 8.
+    bn_group_size: `group_size` of `GhostBatchNorm`.
+    bn_running: `running` of `GhostBatchNorm`.
+    dtype: the dtype of the computation; parameters keep theirs.
   """
+
+  mean, std, stride = MEAN, STD, 16
 
   depth: int = 50
   ibn: bool = False
@@ -46,7 +55,7 @@ class ResNet(nn.Module):
   def __call__(
     self, x: Float[Array, "b H W 3"], train: bool
   ) -> Float[Array, "b h w c"]:
-    stages, bottleneck = DEPTHS[self.depth]
+    stages, bottleneck = _DEPTHS[self.depth]
     norm_options = (self.bn_group_size, self.bn_running)
     base = 8 * max(1, round(8 * self.width))
     x = Conv(base, 7, 2, name="conv1")(x.astype(jnp.dtype(self.dtype)))
@@ -64,6 +73,21 @@ class ResNet(nn.Module):
           name=f"layer{i + 1}_{j}",
         )(x, train)
     return x
+
+  @staticmethod
+  def torch_key(key: str) -> str:
+    """To torchvision's "layer1.0.conv1.weight", which IBN-Net has as well.
+
+    Cluster Contrast, SpCL and HHCL save "base.4.0.conv1.weight", Unsup_ReID
+    "CNN.layer1.0.conv1.weight", and DataParallel puts "module." in front.
+    """
+    key = re.sub(r"^(module\.)?(CNN\.)?", "", key)
+    return re.sub(r"^base\.([014567])", lambda found: _PLACES[found[1]], key)
+
+  @staticmethod
+  def torch_name(path: tuple[str, ...]) -> str:
+    """From ("layer1_0", "downsample_0", "kernel") to torchvision's name."""
+    return re.sub(r"_(\d)", r".\1", ".".join(path))
 
 
 class Block(nn.Module):
@@ -83,14 +107,10 @@ class Block(nn.Module):
     norm = functools.partial(GhostBatchNorm, *self.norm_options)
     first_norm = InstanceBatchNorm if self.ibn else GhostBatchNorm
     out = 4 * self.channels if self.bottleneck else self.channels
+    convs = [(out, 3, self.stride), (out, 3, 1)]
     if self.bottleneck:
-      convs = [
-        (self.channels, 1, 1),
-        (self.channels, 3, self.stride),
-        (out, 1, 1),
-      ]
-    else:
-      convs = [(out, 3, self.stride), (out, 3, 1)]
+      middle = (self.channels, 3, self.stride)
+      convs = [(self.channels, 1, 1), middle, (out, 1, 1)]
     shortcut = x
     if self.project:
       shortcut = Conv(out, 1, self.stride, name="downsample_0")(x)
@@ -104,3 +124,10 @@ class Block(nn.Module):
       if i < len(convs):
         x = nn.relu(x)
     return nn.relu(x + shortcut)
+
+
+ARCHS = {
+  f"resnet{depth}{suffix}": functools.partial(ResNet, depth, bool(suffix))
+  for suffix in ("", "_ibn_a")
+  for depth in _DEPTHS
+}

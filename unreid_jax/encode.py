@@ -1,0 +1,191 @@
+"""Images to features, by an encoder and its weights; no training, no method."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree, UInt8
+from PIL import Image
+
+from unreid_jax import UserError, models, progress, sharding
+from unreid_jax.data import augment
+from unreid_jax.data.images import resize
+from unreid_jax.workdir import checkpoints
+
+ImageLike = str | os.PathLike | np.ndarray  # a path, or uint8 [h, w, 3]
+
+
+def load_encoder(path: str | os.PathLike) -> "Encoder":
+  """Opens a trained encoder, without its data, its method or an optimizer.
+
+  Args:
+    path: a workdir, whose last checkpoint is taken; its checkpoints/best; or
+      one checkpoint in there.
+
+  Raises:
+    UserError: there is no checkpoint, or one of an earlier version.
+  """
+  found = checkpoints.find(path)
+  card = checkpoints.read_card(found)
+  module = models.make(**card["encoder"])
+  mesh = jax.sharding.get_mesh()
+  mesh = sharding.make_mesh() if mesh.empty else mesh
+  copies = NamedSharding(mesh, sharding.COPY)
+  shape = (1, card["height"], card["width"], 3)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), shapes
+  )
+  variables = checkpoints.read_encoder(found, like)
+  return Encoder(card, variables, make_apply(module, mesh), mesh)
+
+
+def make_card(options: Mapping[str, Any], height: int, width: int) -> dict:
+  """What is needed to build an encoder, and to give it images: plain JSON.
+
+  Args:
+    options: the arguments of `models.make`.
+    height: of the images it is trained with, in pixels.
+    width: their width.
+  """
+  return {"encoder": dict(options), "height": height, "width": width}
+
+
+def make_apply(module: Any, mesh: Mesh) -> Callable[[PyTree, Any], PyTree]:
+  """`apply(variables, images u8) -> features`, jitted, at test time."""
+  mean, std = module.backbone.mean, module.backbone.std
+
+  def apply(variables, images):
+    images = augment.normalise(images, mean, std)
+    return module.apply(variables, images, train=False)
+
+  return jax.jit(apply, out_shardings=NamedSharding(mesh, sharding.COPY))
+
+
+class Encoder:
+  """An encoder with its weights: a function from images to unit features."""
+
+  def __init__(
+    self, card: dict, variables: PyTree, apply: Callable, mesh: Mesh
+  ):
+    """Puts the parts together; `load_encoder` is for users.
+
+    Args:
+      card: see `make_card`.
+      variables: the encoder's parameters and running statistics.
+      apply: see `make_apply`.
+      mesh: the devices that share each batch.
+    """
+    self.card, self.variables = card, variables
+    self._apply, self._mesh = apply, mesh
+
+  def __call__(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    batch_size: int = 128,
+    title: str = "encode",
+  ) -> PyTree:
+    """The features of any number of images of any size.
+
+    Args:
+      images: an array u8[n, h, w, 3], or a list of arrays u8[h, w, 3] and of
+        paths; or one path. They are resized as the training images were.
+      batch_size: how many images the devices work on at a time; rounded up to
+        a multiple of the number of devices.
+      title: the name of this phase, where `progress` is shown.
+
+    Returns:
+      f32[n, d], each row of length 1; or a dict of such arrays, if the encoder
+      has several features an image.
+
+    Raises:
+      UserError: an image cannot be read, or there is none.
+    """
+    images = _Sized(images, self.card["height"], self.card["width"])
+    if not len(images):
+      raise UserError("there is no image to encode: pass at least one")
+    size = -(-batch_size // self._mesh.size) * self._mesh.size
+    with jax.set_mesh(self._mesh):
+      step = lambda variables, batch, _: (
+        variables,
+        self._apply(variables, batch),
+      )
+      return encode(step, self.variables, images, size, title)[1]
+
+
+def encode(
+  step: Callable,
+  carry: PyTree,
+  images: Any,
+  batch_size: int,
+  title: str,
+  order: np.ndarray | None = None,
+) -> tuple[PyTree, PyTree]:
+  """Runs a step over all images, batch after batch.
+
+  Args:
+    step: `step(carry, images, start) -> carry, features`.
+    carry: what goes from batch to batch.
+    images: uint8 [n, h, w, 3], or what has such a `shape` and rows.
+    batch_size: how many images a batch has, a multiple of the number of
+      devices; the last batch is filled up with the first images.
+    title: the name of this phase on the progress bar.
+    order: a permutation of [n], the order in which the images are run.
+
+  Returns:
+    The carry after the last batch, and the features on the host, [n, ...] in
+    the order of the images.
+  """
+  mesh, num = jax.sharding.get_mesh(), len(images)
+  order = np.arange(num) if order is None else order
+  parts, starts = [], range(0, num, batch_size)
+  for start in progress.track(starts, title, num, batch_size):
+    rows = order[np.arange(start, start + batch_size) % num]
+    batch = sharding.put_rows(mesh, images, rows)
+    carry, features = step(carry, batch, start)
+    parts.append(jax.device_get(features))
+  back = np.argsort(order)
+  return carry, jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
+
+
+class _Sized:
+  """Images of one size, which are read and resized when they are asked for."""
+
+  def __init__(self, images, height, width):
+    is_one = isinstance(images, str | os.PathLike)
+    self._images = [images] if is_one else images
+    self.shape = (len(self._images), height, width, 3)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows) -> UInt8[np.ndarray, "b h w 3"]:
+    images, size = self._images, self.shape[1:]
+    is_array = isinstance(images, np.ndarray) and images.dtype == np.uint8
+    if is_array and images.shape[1:] == size:
+      return images[rows]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      read = lambda row: _read(images[row], row, *size[:2])
+      return np.stack(list(pool.map(read, rows)))
+
+
+def _read(image, row, height, width):
+  """One image at its size."""
+  if isinstance(image, str | os.PathLike):
+    try:
+      with Image.open(image) as opened:
+        return resize(opened, height, width)
+    except Exception as error:  # each of Pillow's formats has its own
+      raise UserError(f"{image} cannot be read as an image: {error}") from None
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    raise UserError(
+      f"image {row} is {image.dtype}{list(image.shape)}: pass uint8[h, w, 3], "
+      "or a path"
+    )
+  return resize(Image.fromarray(image), height, width)

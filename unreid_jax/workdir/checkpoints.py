@@ -1,0 +1,137 @@
+"""Checkpoints through Orbax, in two parts: the encoder, and the training."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from unreid_jax import UserError
+from unreid_jax.workdir import Workdir
+
+
+class Checkpoints:
+  """The last checkpoint of a run and its best one.
+
+  Each is a folder with three items: `encoder`, the parameters and the running
+  statistics; `card`, what builds the encoder; `training`, all else. It counts
+  once it is whole: what a killed run left half-written is ignored. It can be
+  restored on another number of devices.
+  """
+
+  def __init__(self, workdir: Workdir):
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=1,
+      create=True,
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=False,
+    )
+    self._workdir = workdir
+    self._managers = {
+      which: ocp.CheckpointManager(
+        workdir.checkpoints(which).resolve(), options=options
+      )
+      for which in ("last", "best")
+    }
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *error) -> None:
+    for manager in self._managers.values():
+      manager.close()
+
+  def step(self, which: str) -> int | None:
+    """The step of the "last" or the "best" checkpoint, None without one."""
+    return self._managers[which].latest_step()
+
+  def save(
+    self, which: str, step: int, card: dict, encoder: PyTree, training: PyTree
+  ) -> None:
+    """Saves a checkpoint in the place of an earlier one.
+
+    Args:
+      which: "last" or "best".
+      step: how many steps are done.
+      card: what builds the encoder; see `encode.make_card`.
+      encoder: arrays of the encoder.
+      training: arrays of all else.
+    """
+    args = ocp.args.Composite(
+      card=ocp.args.JsonSave(card),
+      encoder=ocp.args.StandardSave(encoder),
+      training=ocp.args.StandardSave(training),
+    )
+    self._managers[which].save(step, args=args, force=True)
+
+  def forget(self, which: str, after: int) -> None:
+    """Deletes checkpoints of later steps, which a killed run has left."""
+    for step in self._managers[which].all_steps():
+      if step > after:
+        self._managers[which].delete(step)
+
+  def restore(self, which: str, encoder: PyTree, training: PyTree) -> Any:
+    """The two parts of a checkpoint.
+
+    Args:
+      which: "last" or "best".
+      encoder: arrays with the shapes and shardings that are to be restored.
+      training: the same for the other part.
+    """
+    _check_version(self._workdir.newest(which))
+    args = ocp.args.Composite(
+      encoder=ocp.args.StandardRestore(_abstract(encoder)),
+      training=ocp.args.StandardRestore(_abstract(training)),
+    )
+    found = self._managers[which].restore(self.step(which), args=args)
+    return found["encoder"], found["training"]
+
+
+def find(path: str | pathlib.Path) -> pathlib.Path:
+  """The checkpoint that a path means.
+
+  Args:
+    path: a workdir, whose last checkpoint is meant; its checkpoints/last or
+      checkpoints/best; or one checkpoint in there.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  path = pathlib.Path(path).expanduser().resolve()
+  if path.name.isdigit() and path.is_dir():
+    found = path
+  elif path.parent.name == "checkpoints":
+    found = Workdir(path.parent.parent).newest(path.name)
+  else:
+    found = Workdir(path).newest("last")
+  if found is None:
+    raise UserError(
+      f"{path} holds no checkpoint: give a workdir in which a run has saved one"
+    )
+  _check_version(found)
+  return found
+
+
+def read_card(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """What builds the encoder of a checkpoint."""
+  return json.loads((checkpoint / "card" / "metadata").read_text())
+
+
+def read_encoder(checkpoint: pathlib.Path, like: PyTree) -> PyTree:
+  """The encoder's arrays, with the shapes and shardings of `like`."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(checkpoint / "encoder", _abstract(like))
+
+
+def _abstract(tree):
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _check_version(checkpoint: pathlib.Path) -> None:
+  if not (checkpoint / "card").is_dir():
+    raise UserError(
+      f"{checkpoint} was written by an earlier version of unreid_jax, whose "
+      "checkpoints had one part: train again in another --workdir"
+    )
