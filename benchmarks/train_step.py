@@ -56,32 +56,21 @@ def run_jax(args) -> dict:
   from jax.sharding import NamedSharding
 
   from configs import default
-  from unreid_jax import methods, sharding, state, train
+  from unreid_jax import methods, sharding, state, step
   from unreid_jax.config import resolve
 
-  def loss(bank, features, batch, key):
+  def loss_and_state(bank, features, batch, key):
     logits = features @ bank.T / TEMPERATURE
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch.labels
-    ).mean(), {}
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return loss.mean(), (bank, {})
 
-  def init(key, features):
-    bank = jax.random.normal(key, (CENTROIDS, features.shape[1]))
+  def init(key, shapes):
+    bank = jax.random.normal(key, (CENTROIDS, shapes.shape[1]))
     return bank / jnp.linalg.norm(bank, axis=1, keepdims=True)
 
-  method = methods.Method(
-    init=init,
-    encode=None,
-    label=None,
-    refresh=lambda bank, *_: bank,
-    loss=loss,
-    update=lambda bank, *_: bank,
-    distance=methods.euclidean_distance,
-  )
-  state.methods.make = lambda name: method
-  config = default.get_config("selective", "synthetic")
-  with config.unlocked():
-    config.method = {"name": "centroids"}
+  method = methods.Method(init, label=None, refresh=None, step=loss_and_state)
+  methods.make = lambda name, **_: method
+  config = default.get_config("supervised", "synthetic")
   config.update(
     {
       "batch_size": args.batch,
@@ -94,23 +83,24 @@ def run_jax(args) -> dict:
   )
   images, labels = images_and_labels(args)
   labels = labels.astype(np.int32)
-  with jax.set_mesh(sharding.make_mesh(1)) as mesh:
+  with jax.set_mesh(sharding.make_mesh(1)):
     mesh = jax.sharding.get_mesh()
     parts = state.make_parts(resolve(config, 1))
     first = state.first_state(parts, args.batch, weights="")
     key = jax.device_put(jax.random.key(0), NamedSharding(mesh, sharding.COPY))
     start = time.perf_counter()
-    compiled = train.compile_step(parts, first, key)
+    compiled = step.compile_step(parts, first, key)
     seconds_to_compile = time.perf_counter() - start
     rows = np.arange(args.batch)
-    arrays = images, labels, labels, labels
-    batch = methods.Batch(*(sharding.put_rows(mesh, x, rows) for x in arrays))
+    arrays = dict.fromkeys(("indices", "labels", "camids"), labels)
+    arrays["images"] = images
+    batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
     box = [first]
 
-    def step():
+    def run():
       box[0], _ = compiled(box[0], batch, key)
 
-    seconds = time_steps(step, lambda: jax.block_until_ready(box), args)
+    seconds = time_steps(run, lambda: jax.block_until_ready(box), args)
   square = jnp.ones((4096, 4096), args.dtype)
   product = jax.jit(lambda x: lax.dot(x, x, precision=lax.Precision.DEFAULT))
   product(square).block_until_ready()

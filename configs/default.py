@@ -59,7 +59,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "embedding_dim": 2048,  # of the head "stripes"
         "stripe_dim": 256,
         "num_stripes": 8,
-        "dtype": "float32",  # or "bfloat16": of the computation
+        "dtype": "float32",  # of the computation; "bfloat16"; or "float64"
         "pretrained": "",  # PyTorch weights, .safetensors or .pth
       },
       "optim": {

@@ -1,16 +1,11 @@
 """Blocks and batches leave no trace in the result."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unreid_jax import evaluate, memory, methods, ranking, sharding
 from unreid_jax.data import Split
-
-
-def track(items, *_, **__):
-  return items
 
 
 def make_split(rng, num):
@@ -20,7 +15,6 @@ def make_split(rng, num):
 
 
 def fused(query, gallery, query_camids, gallery_camids):
-  del query_camids, gallery_camids
   return memory.squared_distances(gallery, query)  # over the mesh
 
 
@@ -30,7 +24,7 @@ def test_a_gallery_that_the_devices_do_not_divide(num_devices):
   query, gallery = make_split(rng, 9), make_split(rng, 41)
   features = [rng.standard_normal((n, 8), np.float32) for n in (9, 41)]
   with jax.set_mesh(sharding.make_mesh(num_devices)):
-    got = evaluate.score(*features, query, gallery, jax.jit(fused), track)
+    got = evaluate.score(*features, query, gallery, jax.jit(fused))
   distances = np.square(features[0][:, None] - features[1]).sum(-1)
   want = ranking.evaluate_rank(
     distances, query.pids, gallery.pids, query.camids, gallery.camids
@@ -46,7 +40,7 @@ def test_score_equals_the_whole_matrix(monkeypatch, num):
   query, gallery = make_split(rng, num), make_split(rng, 40)
   features = [rng.standard_normal((n, 8), np.float32) for n in (num, 40)]
   got = evaluate.score(
-    *features, query, gallery, jax.jit(methods.euclidean_distance), track
+    *features, query, gallery, jax.jit(methods.euclidean_distance)
   )
   distances = 2 - 2 * features[0] @ features[1].T
   want = ranking.evaluate_rank(
@@ -56,22 +50,3 @@ def test_score_equals_the_whole_matrix(monkeypatch, num):
   assert got["mINP"] == pytest.approx(want.mINP, abs=1e-6)
   for k in (1, 5, 10):
     assert got[f"R{k}"] == pytest.approx(want.cmc[k - 1], abs=1e-6)
-
-
-def test_encode_returns_features_in_the_order_of_the_images():
-  rng = np.random.default_rng(0)
-  images, order = make_split(rng, 13).images, rng.permutation(13)
-  seen = []
-
-  def step(count, images, key):
-    seen.append(np.asarray(images))
-    pixels = images.reshape(len(images), -1).astype(jnp.float32)
-    return count + 1, {"global": pixels}
-
-  with jax.set_mesh(sharding.make_mesh(4)):
-    count, features = evaluate.encode(
-      step, 0, images, order, 4, jax.random.key(0), "", track
-    )
-  assert count == 4
-  np.testing.assert_array_equal(features["global"], images.reshape(13, -1))
-  np.testing.assert_array_equal(np.concatenate(seen)[:13], images[order])

@@ -176,7 +176,7 @@ def test_labels_do_not_depend_on_identities(name):
 
 
 def test_unknown_names():
-  with pytest.raises(UserError, match=r"there are: .*selective"):
+  with pytest.raises(UserError, match=r"name is .selectiv.: set it to"):
     methods.make("selectiv")
   with pytest.raises(UserError, match="lambda_x is unknown here; there are: "):
     methods.make("selective", lambda_x=1)

@@ -4,8 +4,13 @@ import json
 import jax
 import pytest
 
-from unreid_jax import writer as writer_lib
-from unreid_jax.writer import Writer
+from unreid_jax import progress
+from unreid_jax.workdir import Workdir
+from unreid_jax.workdir import writer as writer_lib
+
+
+def open_writer(folder):
+  return writer_lib.Writer(Workdir(folder))
 
 
 def lines(folder):
@@ -32,7 +37,7 @@ def use_terminal(monkeypatch):
 
 
 def test_write_is_on_disk_at_once(tmp_path):
-  writer = Writer(str(tmp_path))
+  writer = open_writer(str(tmp_path))
   writer.write(7, "train", {"loss": jax.numpy.float32(0.5), "n": 3})
   want = {"step": 7, "kind": "train", "loss": 0.5, "n": 3}
   assert lines(tmp_path) == [want] == writer.history("train")
@@ -44,15 +49,15 @@ def test_write_is_on_disk_at_once(tmp_path):
 
 def test_a_resumed_run_leaves_the_file_of_an_unbroken_one(tmp_path):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  with Writer(str(whole)) as writer:
+  with open_writer(str(whole)) as writer:
     writer.resume(0)
     write_run(writer, range(1, 9))
-  with Writer(str(broken)) as writer:
+  with open_writer(str(broken)) as writer:
     writer.resume(0)
     write_run(writer, range(1, 6))
   with open(broken / "metrics.jsonl", "a") as file:
     file.write('{"step": 6, "kin')  # killed in the middle of a line
-  with Writer(str(broken)) as writer:
+  with open_writer(str(broken)) as writer:
     writer.resume(4)
     assert [x["step"] for x in writer.history("evaluate")] == [2, 4]
     assert [x["step"] for x in lines(broken)] == [1, 2, 2, 3, 4, 4]
@@ -63,7 +68,7 @@ def test_a_resumed_run_leaves_the_file_of_an_unbroken_one(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
   for _ in range(2):
-    with Writer(str(tmp_path)) as writer:
+    with open_writer(str(tmp_path)) as writer:
       writer.resume(0)
       writer.write(0, "evaluate", {"mAP": 0.1})
   assert len(lines(tmp_path)) == 1
@@ -72,15 +77,15 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
 def test_other_processes_know_the_history_and_write_nothing(
   tmp_path, monkeypatch, capsys
 ):
-  with Writer(str(tmp_path)) as writer:
+  with open_writer(str(tmp_path)) as writer:
     write_run(writer, [2, 4])
   before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  with Writer(str(tmp_path)) as writer:
+  with open_writer(str(tmp_path)) as writer:
     writer.resume(2)
     writer.write(3, "evaluate", {"mAP": 0.3})
     writer.log("hello")
-    assert list(writer.track([1, 2], "phase")) == [1, 2]
+    assert list(progress.track([1, 2], "phase")) == [1, 2]
     writer.table(writer.history("evaluate"))
     assert [x["mAP"] for x in writer.history("evaluate")] == [0.2, 0.3]
   assert before == {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
@@ -89,34 +94,34 @@ def test_other_processes_know_the_history_and_write_nothing(
 
 def test_progress_without_a_terminal(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(writer_lib, "_PLAIN_EVERY", 0.0)
-  with Writer(str(tmp_path)) as writer:
-    items = list(writer.track("abc", "encode", total=20, scale=8))
+  with open_writer(str(tmp_path)) as writer:
+    items = list(progress.track("abc", "encode", total=20, scale=8))
     writer.log("[b]done[/b] " + 90 * "x")
   assert items == ["a", "b", "c"]
   text = capsys.readouterr().err
   assert "\x1b" not in text and "\r" not in text
-  progress = text.splitlines()
-  assert [x.split()[2] for x in progress[:3]] == ["40%", "80%", "100%"]
-  assert "encode" in progress[3] and "20 images in" in progress[3]
-  assert progress[4] == "[b]done[/b] " + 90 * "x"
+  shown = text.splitlines()
+  assert [x.split()[2] for x in shown[:3]] == ["40%", "80%", "100%"]
+  assert "encode" in shown[3] and "20 images in" in shown[3]
+  assert shown[4] == "[b]done[/b] " + 90 * "x"
   log = (tmp_path / "log.txt").read_text().splitlines()
-  assert [x[21:] for x in log] == progress[3:]
+  assert [x[21:] for x in log] == shown[3:]
 
 
 def test_a_short_phase_is_one_line(tmp_path, capsys):
-  with Writer(str(tmp_path)) as writer:
-    list(writer.track(iter("abc"), "rank", unit="queries"))
+  with open_writer(str(tmp_path)):
+    list(progress.track(iter("abc"), "rank", unit="queries"))
   (line,) = capsys.readouterr().err.splitlines()
   assert "3 queries in" in line
 
 
 def test_nested_progress_bars(tmp_path, monkeypatch):
   terminal = use_terminal(monkeypatch)
-  with Writer(str(tmp_path)) as writer:
+  with open_writer(str(tmp_path)):
     pairs = [
       (a, b)
-      for a in writer.track(range(3), "outer")
-      for b in writer.track(range(2), "inner")
+      for a in progress.track(range(3), "outer")
+      for b in progress.track(range(2), "inner")
     ]
   assert pairs == [(a, b) for a in range(3) for b in range(2)]
   assert "━" in terminal.getvalue()
@@ -126,11 +131,11 @@ def test_nested_progress_bars(tmp_path, monkeypatch):
 
 def test_a_broken_phase_takes_its_bar_away(tmp_path, monkeypatch):
   terminal = use_terminal(monkeypatch)
-  with Writer(str(tmp_path)) as writer:
+  with open_writer(str(tmp_path)) as writer:
     with pytest.raises(ZeroDivisionError):
-      for _ in writer.track(range(3), "phase"):
+      for _ in progress.track(range(3), "phase"):
         1 / 0  # noqa: B018
-    for _ in writer.track(range(3), "phase"):
+    for _ in progress.track(range(3), "phase"):
       break
     show_cursor = "\x1b[?25h"
     assert show_cursor in terminal.getvalue().rpartition("phase")[2]
@@ -139,11 +144,18 @@ def test_a_broken_phase_takes_its_bar_away(tmp_path, monkeypatch):
   assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
+def test_without_a_writer_nothing_is_shown(tmp_path, capsys):
+  with open_writer(str(tmp_path)):
+    pass
+  assert list(progress.track("abc", "encode")) == ["a", "b", "c"]
+  assert capsys.readouterr() == ("", "")
+
+
 def test_table(tmp_path, capsys):
   names = ("mAP", "R1", "R5", "R10")
   scores = {0: 0.9, 4: 0.2, 8: 0.3, 12: 0.25}
   rows = [{"step": k} | dict.fromkeys(names, v) for k, v in scores.items()]
-  with Writer(str(tmp_path)) as writer:
+  with open_writer(str(tmp_path)) as writer:
     writer.table([])
     writer.table(rows)
   text = capsys.readouterr().out

@@ -5,9 +5,12 @@ a method's `Hyperparameters`, and so on; `Run` has those of the config's own
 keys. Here they are only collected.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, memory, methods, models, optim, values
@@ -29,20 +32,19 @@ class Run(TypedDict):
   steps_per_epoch: CountOrNone
 
 
-def kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+def kinds() -> dict[str, Any]:
   """The type of each key of a config; a section's is `values.Nested`."""
+  encoder = values.fields(models.make) | {"pretrained": Free[str]}
   sections = {
     "sampler": values.fields(sampler.plan),
     "dataset": values.fields(data.load),
     "augment": values.fields(augment.augment),
-    "encoder": values.fields(models.make) | {"pretrained": Free[str]},
+    "encoder": encoder,
     "optim": values.fields(optim.make) | values.fields(optim.step_decay),
-    "method": methods.fields(config["method"]),
   }
-  nested = {
-    name: Annotated[dict, values.Nested(lambda _, types=types: types)]
-    for name, types in sections.items()
-  }
+  types_of = {k: lambda _, types=types: types for k, types in sections.items()}
+  types_of["method"] = methods.fields
+  nested = {k: Annotated[dict, values.Nested(f)] for k, f in types_of.items()}
   return values.fields(Run) | nested
 
 
@@ -56,11 +58,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   Raises:
     UserError: which key has which value, and what it may be set to.
   """
-  settings = config.to_dict()
-  values.check(kinds(settings), settings)
-  resolved = resolve(config, 1)
-  with values.section("method"):
-    methods.make(**resolved.method.to_dict())
+  values.check(kinds(), config.to_dict())
   for key in ("batch_size", "evaluate_batch_size"):
     if config[key] % num_devices:
       raise UserError(
@@ -78,14 +76,26 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"{num_devices} devices cannot share a bank: set num_devices to a power "
       f"of two, {memory.ROW_MULTIPLE} at most"
     )
+  _check_features(resolve(config, 1))
+
+
+def _check_features(config):
+  """Whether encoder, method and images go together; nothing is computed."""
+  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
+  module, key = models.make(**options), jax.random.key(0)
+  with values.section("method"):
+    method = methods.make(**config.method.to_dict())
+  shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  features, _ = jax.eval_shape(module.init_with_output, key, images)
+  jax.eval_shape(lambda key: method.init(key, features), key)
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
   """The config with every duration, and `steps_per_epoch`, in steps."""
   resolved = config.copy_and_resolve_references()
   resolved.steps_per_epoch = steps_per_epoch
-  settings = config.to_dict()
-  for path, kind, value in _leaves(kinds(settings), settings):
+  for path, kind, value in _leaves(kinds(), config.to_dict()):
     if values.has(kind, values.DURATION):
       *sections, key = path.split(".")
       section = resolved
@@ -96,25 +106,26 @@ def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
   return resolved
 
 
-def differences(
-  old: Mapping[str, Any], new: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-  """Where a run's stored config differs in what it learns, not where it runs.
+def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
+  """Refuses a config with which a stored run cannot go on.
 
   Args:
-    old: the stored config.
-    new: the config that the run is to go on with.
+    stored: the config that the run was begun with.
+    config: the one that it is to go on with; it may differ in keys whose type
+      is `values.Free`.
 
-  Yields:
-    The key, its old and its new value; of keys that both have.
+  Raises:
+    UserError: which key differs.
   """
-  stored = {path: value for path, _, value in _leaves(kinds(new), old)}
-  for path, kind, value in _leaves(kinds(new), new):
-    if path in stored and not values.has(kind, values.FREE):
-      before, now = (list(x) if isinstance(x, tuple) else x
-                     for x in (stored[path], value))  # fmt: skip
-      if before != now:
-        yield path, before, now
+  settings = json.loads(json.dumps(config.to_dict()))  # as it would be stored
+  known = {path: x for path, _, x in _leaves(kinds(), stored)}
+  for path, kind, now in _leaves(kinds(), settings):
+    is_free = values.has(kind, values.FREE)
+    if not is_free and known.get(path, now) != now:
+      raise UserError(
+        f"--workdir holds a run with {path}={known[path]!r}, but this one has "
+        f"{now!r}: choose another --workdir"
+      )
 
 
 def _leaves(types, section, prefix=""):

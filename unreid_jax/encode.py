@@ -1,8 +1,9 @@
 """Images to features, by an encoder and its weights; no training, no method."""
 
 import concurrent.futures
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,47 +43,37 @@ def load_encoder(path: str | os.PathLike) -> "Encoder":
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), shapes
   )
   variables = checkpoints.read_encoder(found, like)
-  return Encoder(card, variables, make_apply(module, mesh), mesh)
+  return Encoder(card, variables, make_apply(module, card, mesh), mesh)
 
 
-def make_card(options: Mapping[str, Any], height: int, width: int) -> dict:
-  """What is needed to build an encoder, and to give it images: plain JSON.
-
-  Args:
-    options: the arguments of `models.make`.
-    height: of the images it is trained with, in pixels.
-    width: their width.
-  """
-  return {"encoder": dict(options), "height": height, "width": width}
-
-
-def make_apply(module: Any, mesh: Mesh) -> Callable[[PyTree, Any], PyTree]:
+def make_apply(module: Any, card: dict, mesh: Mesh) -> Callable:
   """`apply(variables, images u8) -> features`, jitted, at test time."""
-  mean, std = module.backbone.mean, module.backbone.std
+  colour = tuple(card["mean"]), tuple(card["std"])
 
   def apply(variables, images):
-    images = augment.normalise(images, mean, std)
+    images = augment.normalise(images, *colour)
     return module.apply(variables, images, train=False)
 
   return jax.jit(apply, out_shardings=NamedSharding(mesh, sharding.COPY))
 
 
+@dataclasses.dataclass(frozen=True)
 class Encoder:
-  """An encoder with its weights: a function from images to unit features."""
+  """A function from images to unit features; `load_encoder` opens one.
 
-  def __init__(
-    self, card: dict, variables: PyTree, apply: Callable, mesh: Mesh
-  ):
-    """Puts the parts together; `load_encoder` is for users.
+  Attributes:
+    card: what builds it and makes its input, plain JSON: the arguments of
+      `models.make` under "encoder"; height and width of its images in pixels,
+      mean and std of their channels.
+    variables: its parameters and running statistics.
+    apply: the result of `make_apply`.
+    mesh: the devices that share each batch.
+  """
 
-    Args:
-      card: see `make_card`.
-      variables: the encoder's parameters and running statistics.
-      apply: see `make_apply`.
-      mesh: the devices that share each batch.
-    """
-    self.card, self.variables = card, variables
-    self._apply, self._mesh = apply, mesh
+  card: dict
+  variables: PyTree
+  apply: Callable
+  mesh: Mesh
 
   def __call__(
     self,
@@ -109,12 +100,9 @@ class Encoder:
     images = _Sized(images, self.card["height"], self.card["width"])
     if not len(images):
       raise UserError("there is no image to encode: pass at least one")
-    size = -(-batch_size // self._mesh.size) * self._mesh.size
-    with jax.set_mesh(self._mesh):
-      step = lambda variables, batch, _: (
-        variables,
-        self._apply(variables, batch),
-      )
+    size = -(-batch_size // self.mesh.size) * self.mesh.size
+    step = lambda variables, batch, _: (variables, self.apply(variables, batch))
+    with jax.set_mesh(self.mesh):
       return encode(step, self.variables, images, size, title)[1]
 
 

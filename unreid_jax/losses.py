@@ -1,29 +1,29 @@
-"""Contrastive losses as plain functions of arrays."""
+"""Contrastive losses as plain functions of arrays.
+
+The logits are similarities divided by the temperature, and may be sharded by
+column: a column is a class, a cluster or a row of a bank.
+"""
 
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Bool, Float, Int
 
+Logits = Float[Array, "b k"]
+Scalar = Float[Array, ""]
+
 
 def multi_positive_cross_entropy(
-  logits: Float[Array, "b m"],
-  weights: Float[Array, " p"],
-  valid: Bool[Array, "b m"],
+  logits: Logits, weights: Float[Array, " p"], valid: Bool[Array, "b k"]
 ) -> Float[Array, " b"]:
   """A weighted sum of softmax cross-entropies, one for each positive.
 
-  The first p columns of the logits are the positives, the rest are negatives.
-  The positives compete: each stays in the denominator of the others.
+  It is sum_j weights[j] * -log softmax(logits)[:, j] over the columns that
+  exist (`valid`). The first p are the positives, the rest are negatives. The
+  positives compete: each stays in the denominator of the others. A weight of 0
+  leaves one out.
 
-  Args:
-    logits: similarities divided by the temperature.
-    weights: the weight of each positive's cross-entropy; 0 leaves it out.
-    valid: which columns exist.
-
-  Returns:
-    sum_j weights[j] * -log softmax(logits)[:, j]. It is the loss of Pang et
-    al. 2020, and "ExLoss" in pangbo1997/Unsup_ReID, engine/loss.py.
+  Source: Pang et al. 2020; "ExLoss" in pangbo1997/Unsup_ReID, engine/loss.py.
   """
   log_partition = logsumexp(logits, axis=1, where=valid)
   positives = logits[:, : len(weights)]
@@ -32,21 +32,18 @@ def multi_positive_cross_entropy(
 
 
 def cross_entropy(
-  logits: Float[Array, "b k"],
+  logits: Logits,
   targets: Int[Array, " b"],
   num_classes: Int[Array, ""],
   label_smoothing: float = 0.0,
-) -> Float[Array, ""]:
+) -> Scalar:
   """The batch mean of the softmax cross-entropy over the existing classes.
 
-  Args:
-    logits: similarities divided by the temperature; may be split by column.
-    targets: the column of each row's class.
-    num_classes: how many columns exist: the first ones.
-    label_smoothing: the share of the target that is spread evenly: over the
-      num_classes // 50 most probable classes if these are two or more, else
-      over all of them (CrossEntropyLabelSmooth with topk_smoothing in
-      bupt-ai-cz/HHCL-ReID, where the share is .1).
+  These are the first `num_classes` columns; `targets` are the columns of the
+  rows' classes. The share `label_smoothing` of a target is spread evenly: over
+  the num_classes // 50 most probable classes if these are two or more, else
+  over all of them (CrossEntropyLabelSmooth with topk_smoothing in
+  bupt-ai-cz/HHCL-ReID, where the share is .1).
   """
   exists, chosen = _exists(logits, num_classes), _chosen(logits, targets)
   if label_smoothing:
@@ -61,17 +58,11 @@ def cross_entropy(
 
 
 def added_by_negatives(
-  logits: Float[Array, "b k"],
-  num_classes: Int[Array, ""],
-  negatives: Float[Array, "b e"],
-) -> Float[Array, ""]:
+  logits: Logits, num_classes: Int[Array, ""], negatives: Float[Array, "b e"]
+) -> Scalar:
   """What more logits in the denominator add to `cross_entropy`.
 
-  Args:
-    logits: similarities divided by the temperature; may be split by column.
-    num_classes: how many columns exist: the first ones.
-    negatives: more logits of each row, which are in the denominator alone;
-      -inf where there is none.
+  The `negatives` are in the denominator alone, and -inf where there is none.
   """
   # Finite, so that a row without negatives has a gradient.
   negatives = jnp.maximum(negatives, jnp.finfo(negatives.dtype).min / 2)
@@ -80,33 +71,25 @@ def added_by_negatives(
 
 
 def softmax_with_epsilon(
-  logits: Float[Array, "b k"],
-  targets: Int[Array, " b"],
-  exists: Bool[Array, " k"],
-  epsilon: float = 1e-6,
-) -> Float[Array, ""]:
+  logits: Logits, targets: Int[Array, " b"], exists: Bool[Array, " k"]
+) -> Scalar:
   """The batch mean of a cross-entropy with a softmax kept away from 0 and 1.
 
-  It is -log(p + epsilon) with p = exp(l_y) / (sum_c exp(l_c) + epsilon). As p
-  falls, the gradient fades: an anchor far from its class has no say.
-
-  Args:
-    logits: similarities divided by the temperature; may be split by column.
-    targets: the column of each row's class.
-    exists: which columns there are.
-    epsilon: what keeps the softmax away from 0 and 1.
+  It is -log(p + 1e-6) with p = exp(l_y) / (sum_c exp(l_c) + 1e-6), over the
+  columns that exist. As p falls, the gradient fades: an anchor far from its
+  class has no say.
 
   Source: HybridMemory in yxgeee/SpCL, here without exponentials that overflow.
   """
-  small, chosen = jnp.log(epsilon), _chosen(logits, targets)
+  small, chosen = jnp.log(1e-6), _chosen(logits, targets)
   total = logsumexp(logits, axis=1, where=exists[None])
   total = jnp.logaddexp(total, small)
   return -jnp.mean(jnp.logaddexp(chosen - total, small))
 
 
 def with_gradient(
-  value: Float[Array, ""], x: Float[Array, "*d"], slope: Float[Array, "*d"]
-) -> Float[Array, ""]:
+  value: Scalar, x: Float[Array, "*d"], slope: Float[Array, "*d"]
+) -> Scalar:
   """Returns the value, which now has `slope` as its gradient in x."""
   linear = jnp.vdot(x, lax.stop_gradient(slope))
   return lax.stop_gradient(value) + (linear - lax.stop_gradient(linear))

@@ -13,14 +13,15 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from unreid_jax import sharding
+from unreid_jax.sharding import AXIS, COPY, ROWS, P, constrain_rows, per_shard
 
 # The capacity of a bank must not depend on the number of devices, or a
 # checkpoint could not be read on another number: it is a multiple of this.
 ROW_MULTIPLE = 128
-_BY_ROW = sharding.ROWS
-_BY_COLUMN = sharding.P(None, sharding.AXIS)
-_COPY = sharding.COPY
+_COLUMNS = P(None, AXIS)
+Bank = Float[Array, "k d"]
+Features = Float[Array, "b d"]
+Similarities = Float[Array, "b k"]  # sharded by column; also distances
 
 
 def capacity(num_rows: int) -> int:
@@ -30,9 +31,8 @@ def capacity(num_rows: int) -> int:
 
 def create(values: Float[Array, "n ..."]) -> Float[Array, "k ..."]:
   """A bank that begins with these rows; the rows beyond them are zero."""
-  extra = capacity(len(values)) - len(values)
-  padded = jnp.pad(values, [(0, extra)] + [(0, 0)] * (values.ndim - 1))
-  return sharding.constrain_rows(padded)
+  pads = [(0, capacity(len(values)) - len(values))]
+  return constrain_rows(jnp.pad(values, pads + [(0, 0)] * (values.ndim - 1)))
 
 
 def normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -41,71 +41,52 @@ def normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def similarities(
-  bank: Float[Array, "k d"], features: Float[Array, "b d"]
-) -> Float[Array, "b k"]:
-  """Inner products with all rows, sharded by column; differentiable."""
+def similarities(bank: Bank, features: Features) -> Similarities:
+  """Inner products with all rows; differentiable."""
 
   def shard(bank, features):
     return jnp.matmul(features, bank.T, precision=lax.Precision.HIGHEST)
 
-  return sharding.per_shard(shard, (_BY_ROW, _COPY), _BY_COLUMN)(bank, features)
+  return per_shard(shard, (ROWS, COPY), _COLUMNS)(bank, features)
 
 
-def squared_distances(
-  bank: Float[Array, "k d"], features: Float[Array, "b d"]
-) -> Float[Array, "b k"]:
-  """Squared Euclidean distances to all rows, sharded by column."""
+def squared_distances(bank: Bank, features: Features) -> Similarities:
+  """Squared Euclidean distances to all rows."""
   bank_squared = jnp.sum(jnp.square(bank), axis=1)
   squared = jnp.sum(jnp.square(features), axis=1, keepdims=True)
   return squared + bank_squared[None] - 2 * similarities(bank, features)
 
 
 def select(
-  values: Float[Array, "b k"], rows: Int[Array, "b m"]
+  values: Similarities, rows: Int[Array, "b m"]
 ) -> Float[Array, "b m"]:
-  """Picks `values[i, rows[i]]` from values that are sharded by column.
-
-  Every device holds the result.
-  """
+  """Copies `values[i, rows[i]]` to every device."""
 
   def shard(values, rows):
     own, local = _own_rows(rows, values.shape[1])
     picked = jnp.take_along_axis(values, jnp.where(own, local, 0), axis=1)
-    return lax.psum(jnp.where(own, picked, 0), sharding.AXIS)
+    return lax.psum(jnp.where(own, picked, 0), AXIS)
 
-  return sharding.per_shard(shard, (_BY_COLUMN, _COPY), _COPY)(values, rows)
+  return per_shard(shard, (_COLUMNS, COPY), COPY)(values, rows)
 
 
-def take(
-  bank: Float[Array, "k d"], rows: Int[Array, "b m"]
-) -> Float[Array, "b m d"]:
+def take(bank: Bank, rows: Int[Array, "b m"]) -> Float[Array, "b m d"]:
   """Copies some rows of the bank to every device."""
 
   def shard(bank, rows):
     own, local = _own_rows(rows, len(bank))
     picked = bank[jnp.where(own, local, 0)]
-    return lax.psum(jnp.where(own[..., None], picked, 0), sharding.AXIS)
+    return lax.psum(jnp.where(own[..., None], picked, 0), AXIS)
 
-  return sharding.per_shard(shard, (_BY_ROW, _COPY), _COPY)(bank, rows)
+  return per_shard(shard, (ROWS, COPY), COPY)(bank, rows)
 
 
-def class_sums(
-  values: Float[Array, "b k"], classes: Int[Array, " k"]
-) -> Float[Array, "b k"]:
+def class_sums(values: Similarities, classes: Int[Array, " k"]) -> Similarities:
   """Sums of the values over the rows of each class; differentiable.
 
-  Every device adds up its own rows, then each gets the sums of its part of the
-  classes: what travels is [b, k], never a bank.
-
-  Args:
-    values: a value for each row of a bank, sharded by column, such as the
-      `similarities`.
-    classes: the class of each row, below k; a row with a negative one is left
-      out.
-
-  Returns:
-    The sum of class c in column c, sharded by column.
+  The sum of class c < k is in column c; a row with a negative class is left
+  out. Every device adds up its own rows, then each gets the sums of its part of
+  the classes: what travels is [b, k], never a bank.
   """
   k = len(classes)
 
@@ -113,37 +94,32 @@ def class_sums(
     at = jnp.where(classes < 0, k, classes)
     sums = jnp.zeros((k, len(values)), values.dtype)
     sums = sums.at[at].add(values.T, mode="drop")
-    return lax.psum_scatter(sums, sharding.AXIS, tiled=True).T
+    return lax.psum_scatter(sums, AXIS, tiled=True).T
 
-  return sharding.per_shard(shard, (_BY_COLUMN, _BY_ROW), _BY_COLUMN)(
-    values, classes
-  )
+  return per_shard(shard, (_COLUMNS, ROWS), _COLUMNS)(values, classes)
 
 
 def nearest(
-  distances: Float[Array, "b k"], num: int
+  distances: Similarities, num: int
 ) -> tuple[Float[Array, "b {num}"], Int[Array, "b {num}"]]:
-  """Finds the `num` smallest of distances that are sharded by column.
+  """The `num` smallest distances in ascending order, and their rows.
 
-  Every device sorts out its own nearest rows, then the candidates are merged.
-
-  Returns:
-    The distances in ascending order, and their rows. Of equal distances the
-    lower row comes first, on any number of devices.
+  Of equal distances the lower row comes first, on any number of devices. Every
+  device sorts out its own nearest rows, then the candidates are merged.
   """
 
   def shard(distances):
     k = distances.shape[1]
     values, rows = lax.top_k(-distances, min(num, k))
-    rows = rows + lax.axis_index(sharding.AXIS) * k
-    gather = lambda x: lax.all_gather(x, sharding.AXIS, axis=1, tiled=True)
+    rows = rows + lax.axis_index(AXIS) * k
+    gather = lambda x: lax.all_gather(x, AXIS, axis=1, tiled=True)
     values, order = lax.top_k(gather(values), num)
     rows = jnp.take_along_axis(gather(rows), order, axis=1)
     return -values[None], rows[None]
 
   # Every device holds the same result; the first one's is taken.
-  out = sharding.per_shard(shard, (_BY_COLUMN,), (_BY_ROW, _BY_ROW))(distances)
-  return out[0][0], out[1][0]
+  values, rows = per_shard(shard, (_COLUMNS,), (ROWS, ROWS))(distances)
+  return values[0], rows[0]
 
 
 def write(
@@ -157,68 +133,49 @@ def write(
   Each write is `bank[r] = normalize(momentum * bank[r] + (1 - momentum) * f)`,
   where a row that occurs again sees its earlier writes, as in the references'
   backward passes. Writes to different rows do not see each other, so all
-  first writes happen at once, then all second ones, and so on.
-
-  Args:
-    bank: unit vectors along the last axis.
-    rows: the row that each feature is written to; a negative one: to none.
-    features: the features f.
-    momentum: the weight of the old value, in [0, 1).
-
-  Returns:
-    The bank after the writes.
+  first writes happen at once, then all second ones, and so on. A feature with a
+  negative row is not written.
   """
 
   def shard(bank, rows, features):
-    own, local = _own_rows(rows, bank.shape[0])
-    nowhere = bank.shape[0]
+    own, local = _own_rows(rows, len(bank))
     earlier = jnp.tril(rows[:, None] == rows[None], -1) & own[None]
     turn = jnp.where(own, jnp.sum(earlier, axis=1), -1)
 
     def write_turn(i, bank):
-      at = jnp.where(turn == i, local, nowhere)
+      at = jnp.where(turn == i, local, len(bank))  # the others: nowhere
       old = bank.at[at].get(mode="fill", fill_value=0)
       new = normalize(momentum * old + (1 - momentum) * features)
       return bank.at[at].set(new, mode="drop")
 
     return lax.fori_loop(0, jnp.max(turn) + 1, write_turn, bank)
 
-  return sharding.per_shard(shard, (_BY_ROW, _COPY, _COPY), _BY_ROW)(
-    bank, rows, lax.stop_gradient(features)
-  )
+  features = lax.stop_gradient(features)
+  return per_shard(shard, (ROWS, COPY, COPY), ROWS)(bank, rows, features)
 
 
 def write_hardest(
-  bank: Float[Array, "k d"],
-  rows: Int[Array, " b"],
-  features: Float[Array, "b d"],
-  momentum: float,
-) -> Float[Array, "k d"]:
+  bank: Bank, rows: Int[Array, " b"], features: Features, momentum: float
+) -> Bank:
   """Writes to each row once: the feature that is least similar to it.
 
-  It has the arguments of `write`, and is CM_Hard of
-  alibaba/cluster-contrast-reid.
+  It is CM_Hard of alibaba/cluster-contrast-reid; the arguments are `write`'s.
   """
   own = jnp.maximum(rows, 0)[:, None]
   own = select(similarities(bank, lax.stop_gradient(features)), own)[:, 0]
   position = jnp.arange(len(rows))
   is_earlier = position[:, None] > position[None]
   beats = (own[:, None] > own[None]) | (own[:, None] == own[None]) & is_earlier
-  beaten = (rows[:, None] == rows[None]) & beats
-  return write(
-    bank, jnp.where(beaten.any(axis=1), -1, rows), features, momentum
-  )
+  beaten = ((rows[:, None] == rows[None]) & beats).any(axis=1)
+  return write(bank, jnp.where(beaten, -1, rows), features, momentum)
 
 
 def write_mean(
-  bank: Float[Array, "k d"],
-  rows: Int[Array, " b"],
-  features: Float[Array, "b d"],
-  momentum: float,
-) -> Float[Array, "k d"]:
+  bank: Bank, rows: Int[Array, " b"], features: Features, momentum: float
+) -> Bank:
   """Writes to each row once: the mean of its features, not normalised.
 
-  It has the arguments of `write`, and is CM_Hybrid of bupt-ai-cz/HHCL-ReID.
+  It is CM_Hybrid of bupt-ai-cz/HHCL-ReID; the arguments are `write`'s.
   """
   same = (rows[:, None] == rows[None]).astype(features.dtype)
   sums = jnp.matmul(same, features, precision=lax.Precision.HIGHEST)
@@ -229,13 +186,11 @@ def write_mean(
 
 def centroids(
   features: Float[Array, "n d"], labels: Int[Array, " n"], num_rows: int
-) -> Float[Array, "k d"]:
-  """A bank of the normalised mean of each label's features.
+) -> Bank:
+  """A bank of the normalised mean of each label's unit features.
 
-  Args:
-    features: unit features.
-    labels: the row of each feature; a feature with a negative one is left out.
-    num_rows: the least number of rows; those without a feature are zero.
+  It has `num_rows` rows or more, and those without a feature are zero. Features
+  with a negative label are left out.
   """
   k = capacity(num_rows)
   rows = jnp.where(labels < 0, k, labels)
@@ -243,13 +198,12 @@ def centroids(
   return create(normalize(sums.at[rows].add(features, mode="drop")))
 
 
-def to_host(bank: Float[Array, "k d"], num_rows: int) -> np.ndarray:
+def to_host(bank: Bank, num_rows: int) -> np.ndarray:
   """Copies the first rows to every host: between epochs, not in a step."""
   return multihost_utils.process_allgather(bank, tiled=True)[:num_rows]
 
 
 def _own_rows(rows, num_local):
   """Which rows lie on this device, and their position there."""
-  first = lax.axis_index(sharding.AXIS) * num_local
-  local = rows - first.astype(rows.dtype)
+  local = rows - (lax.axis_index(AXIS) * num_local).astype(rows.dtype)
   return (local >= 0) & (local < num_local), local

@@ -31,16 +31,13 @@ def make(
 
   Args:
     name: the algorithm; Adam has betas 0.9 and 0.999 and eps 1e-8.
-    lr: the learning rate before the first milestone.
     weight_decay: the share of a parameter that is added to its gradient.
-    momentum: the momentum of SGD; Adam ignores it.
-    nesterov: whether SGD's momentum is Nesterov's; Adam ignores it.
-    **schedule: the other arguments of `step_decay`.
+    momentum, nesterov: of SGD; Adam ignores them.
+    lr, **schedule: see `step_decay`.
   """
-  sgd, adam = optax.trace(momentum, nesterov), scale_by_adam()
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
-    adam if name == "adam" else sgd,
+    scale_by_adam() if name == "adam" else optax.trace(momentum, nesterov),
     optax.scale_by_learning_rate(step_decay(lr, **schedule)),
     optax.masked(optax.set_to_zero(), _is_frozen),
   )
@@ -73,8 +70,7 @@ def step_decay(
     gamma: what the rate is multiplied by at each milestone.
     warmup: how many steps at the start have a rate that is smaller still.
     warmup_factor: what the rate of step 0 is multiplied by in a warm-up.
-    warmup_curve: whether that factor grows to 1 over the warm-up ("linear"), or
-      stays the same in all of its steps ("constant").
+    warmup_curve: whether that factor grows to 1 over the warm-up, or stays.
 
   Source: `WarmupMultiStepLR` of pangbo1997/Unsup_ReID, which counts epochs.
   """
@@ -95,7 +91,5 @@ def step_decay(
 
 
 def _is_frozen(params):
-  def is_frozen(path, _):
-    return keystr(path, simple=True, separator="/").endswith(FROZEN)
-
-  return tree_map_with_path(is_frozen, params)
+  name = lambda path: keystr(path, simple=True, separator="/")
+  return tree_map_with_path(lambda p, _: name(p).endswith(FROZEN), params)

@@ -26,9 +26,9 @@ def track(
 
   Args:
     items: what is worked on, one after the other.
-    description: of the phase, in a few words.
-    total: the number of units in all; by default `scale` for each item.
-    scale: units in an item; the last item may have fewer.
+    description: the name of the phase, in a few words.
+    total: how many units there are; by default `scale` for each item.
+    scale: how many units an item has; the last one may have fewer.
     unit: what is counted.
   """
   show = _show.get()

@@ -20,13 +20,10 @@ from unreid_jax.reranking import rerank as rerank
 
 
 class RankMetrics(NamedTuple):
-  """Scores of a query set, as fractions of 1.
-
-  `cmc[k-1]` is the share of valid queries that are matched within rank k.
-  """
+  """Scores of the valid queries, as fractions of 1."""
 
   mAP: float
-  cmc: Float[np.ndarray, " max_rank"]
+  cmc: Float[np.ndarray, " max_rank"]  # [k-1]: matched within rank k
   mINP: float
 
 
@@ -87,8 +84,8 @@ def rank_queries(
   distances = np.ascontiguousarray(distances)
   if distances.dtype == np.float16:  # which numba does not know
     distances = distances.astype(np.float32)
-  labels = (query_pids, query_camids, gallery_pids, gallery_camids)
-  q_pids, q_camids, g_pids, g_camids = (np.asarray(x, np.int64) for x in labels)
+  ids = query_pids, query_camids, gallery_pids, gallery_camids
+  q_pids, q_camids, g_pids, g_camids = (np.asarray(x, np.int64) for x in ids)
   shapes = (q_pids.shape + g_pids.shape, q_camids.shape + g_camids.shape)
   if shapes != (distances.shape, distances.shape):
     raise UserError(
@@ -96,15 +93,12 @@ def rank_queries(
       f"queries and gallery {shapes[0]} and {shapes[1]}: pass one per image"
     )
   if np.isnan(distances.min(initial=0)):
-    raise UserError(
-      "distances contain NaN: check the features for NaN before ranking"
-    )
+    raise UserError("distances contain NaN: check the features for NaN first")
   by_pid = np.argsort(g_pids, kind="stable")
-  begin = np.searchsorted(g_pids[by_pid], q_pids, "left")
-  end = np.searchsorted(g_pids[by_pid], q_pids, "right")
-  ranks = QueryRanks(
-    np.zeros(len(q_pids)), np.zeros(len(q_pids), int), np.zeros(len(q_pids))
-  )
+  sides = "left", "right"
+  begin, end = (np.searchsorted(g_pids[by_pid], q_pids, x) for x in sides)
+  q = len(q_pids)
+  ranks = QueryRanks(np.zeros(q), np.zeros(q, int), np.zeros(q))
   _rank_rows(distances, by_pid, begin, end, q_camids, g_camids, *ranks)
   return ranks
 
@@ -120,15 +114,11 @@ def summarize(parts: Iterable[QueryRanks], max_rank: int = 50) -> RankMetrics:
     )
   counts = np.bincount(np.minimum(first_match[valid], max_rank + 1))
   cmc = np.cumsum(np.pad(counts, (0, max_rank))[1 : max_rank + 1])
-  return RankMetrics(
-    float(ap[valid].mean()), cmc / valid.sum(), float(inp[valid].mean())
-  )
+  mAP, mINP = (float(x[valid].mean()) for x in (ap, inp))
+  return RankMetrics(mAP, cmc / valid.sum(), mINP)
 
 
-# `no_type_check` keeps the tests' annotation checker out of compiled code.
-
-
-@no_type_check
+@no_type_check  # numba compiles no checked function
 @numba.njit(parallel=True, cache=True)
 def _rank_rows(
   distances, by_pid, begin, end, q_camids, g_camids, ap, first_match, inp
@@ -149,8 +139,7 @@ def _rank_row(row, same_pid, is_match):
   num = len(matches)
   wrong = _count_not_beyond(matches, row)
   wrong -= _count_not_beyond(matches, row[same_pid])
-  ap = 0.0
-  begin = 0
+  ap, begin = 0.0, 0
   for i in range(num):
     if i + 1 == num or matches[i + 1] > matches[i]:  # the end of a tie
       ap += (i + 1 - begin) * (i + 1) / (i + 1 + wrong[i])

@@ -31,19 +31,9 @@ def relabel(
 ) -> TrainState:
   """The state with an epoch's labels, and with banks that are made of them.
 
-  If the method has no new labels, or none that can be contrasted, the last
-  epoch's labels and banks stay.
-
-  Args:
-    parts: of the run.
-    state: before the epoch.
-    refresh: the result of `make_refresh`.
-    train_set: its images, cameras and, for diagnosis, identities.
-    key: the method's, of `state.keys`.
-    writer: reports what is found.
-
-  Raises:
-    UserError: there are less than two clusters, in this epoch and in the last.
+  If the method has no new labels, or less than two clusters, the last epoch's
+  labels and banks stay; in the first epoch that is a UserError. `refresh` comes
+  from `make_refresh`, and `key` is the method's.
   """
   config, step = parts.config, int(state.step)
   epoch, variables = step // config.steps_per_epoch, state.variables

@@ -1,6 +1,6 @@
 """k-reciprocal re-ranking, on the sparse encoding of the Jaccard distance."""
 
-from typing import no_type_check
+from typing import no_type_check  # numba compiles no checked function
 
 import numba
 import numpy as np
@@ -44,9 +44,8 @@ def rerank(
   features = np.concatenate([query, gallery]).astype(np.float32, copy=False)
   distances, indices, farthest = search(features, k1 + 1)
   scale = np.maximum(np.square(farthest), np.float32(1e-30))
-  exponents = reciprocal_distances(
-    features, distances, indices, round(k1 / 2) + 1
-  )
+  half = round(k1 / 2) + 1
+  exponents = reciprocal_distances(features, distances, indices, half)
   sizes = np.diff(exponents.indptr)
   exponents.data = np.square(exponents.data) / np.repeat(scale, sizes)
   lists = by_column(encode(exponents, indices, k2))
@@ -55,9 +54,6 @@ def rerank(
   weight = np.float32(lambda_value)
   _mix(numba.get_num_threads(), *lists, squared, scale, weight, out)
   return out
-
-
-# `no_type_check` keeps the tests' annotation checker out of compiled code.
 
 
 @no_type_check

@@ -1,6 +1,7 @@
 """The mesh and its two shardings: rows over the devices, or a copy on each."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,21 +24,17 @@ def make_mesh(num_devices: int = 0) -> Mesh:
       f"{devices[0].platform} device(s): change it; 0 takes all"
     )
   devices = devices[: num_devices or None]
-  return jax.make_mesh(
-    (len(devices),), (AXIS,), (AxisType.Auto,), devices=devices
-  )
+  shape, auto = (len(devices),), (AxisType.Auto,)
+  return jax.make_mesh(shape, (AXIS,), auto, devices=devices)
 
 
 def per_shard(
-  function: Callable, in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]
+  function: Callable, inputs: tuple[P, ...], outputs: P | tuple[P, ...]
 ) -> Callable:
   """Maps shards over the mesh of `jax.set_mesh`, or over one device."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    mesh = make_mesh(1)
-  return jax.shard_map(
-    function, mesh=mesh, in_specs=in_specs, out_specs=out_specs
-  )
+  mesh = make_mesh(1) if mesh.empty else mesh
+  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs)
 
 
 def constrain_rows(array: jax.Array) -> jax.Array:
@@ -47,10 +44,8 @@ def constrain_rows(array: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, ROWS)
 
 
-def put_rows(mesh: Mesh, array: np.ndarray, rows: np.ndarray) -> jax.Array:
+def put_rows(mesh: Mesh, array: Any, rows: np.ndarray) -> jax.Array:
   """Puts `array[rows]` on the devices; each reads only its own part."""
-  return jax.make_array_from_callback(
-    (len(rows), *array.shape[1:]),
-    NamedSharding(mesh, ROWS),
-    lambda index: np.asarray(array[rows[index[0]]]),
-  )
+  shape, split = (len(rows), *array.shape[1:]), NamedSharding(mesh, ROWS)
+  own_part = lambda index: np.asarray(array[rows[index[0]]])
+  return jax.make_array_from_callback(shape, split, own_part)

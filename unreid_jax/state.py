@@ -1,5 +1,6 @@
 """From a config to what a run is made of: its parts and its first state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
@@ -65,21 +66,17 @@ class Parts(NamedTuple):
 
 
 def make_parts(config: ConfigDict) -> Parts:
-  """The parts of a run on the mesh of `jax.set_mesh`.
-
-  Args:
-    config: as `config.resolve` returns it.
-  """
+  """The parts of a run, of a resolved config, on the mesh of `jax.set_mesh`."""
   mesh = jax.sharding.get_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
   options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
   module = models.make(**options)
-  mean, std = module.backbone.mean, module.backbone.std
+  colour = {"mean": module.backbone.mean, "std": module.backbone.std}
+  size = {key: config.dataset[key] for key in ("height", "width")}
+  card = {"encoder": options} | size | colour
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
-
-  def transform(key, images):
-    return augment.augment(key, images, **config.augment, mean=mean, std=std)
+  transform = functools.partial(augment.augment, **config.augment, **colour)
 
   def adapt(variables, images, key):
     features, updated = module.apply(
@@ -87,16 +84,15 @@ def make_parts(config: ConfigDict) -> Parts:
     )
     return variables | updated, features
 
-  size = config.dataset.height, config.dataset.width
   return Parts(
     config=config,
     mesh=mesh,
-    card=encode.make_card(options, *size),
+    card=card,
     module=module,
     method=method,
     optimizer=optim.make(**config.optim),
     augment=transform,
-    apply=encode.make_apply(module, mesh),
+    apply=encode.make_apply(module, card, mesh),
     adapt=jax.jit(adapt, out_shardings=copies),
     distance=jax.jit(method.distance, out_shardings=copies),
   )
@@ -106,12 +102,9 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   """The state before the first step.
 
   Args:
-    parts: of the run.
+    parts: what the run is made of.
     num_images: how many train images there are.
     weights: a file with the encoder's weights; "" draws them.
-
-  Raises:
-    UserError: encoder, method and images do not go together.
   """
   config, mesh, module = parts.config, parts.mesh, parts.module
   key, method_key = keys(config.seed)
@@ -125,13 +118,11 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
     variables = pretrained.load(weights, module, variables)
   if config.encoder.dtype == "float64":
     variables = jax.tree.map(lambda x: x.astype(float), variables)
-  features, one_batch = (
-    jax.eval_shape(
-      module.apply, variables, jax.ShapeDtypeStruct((n, *shape), jnp.float32)
-    )
-    for n in (num_images, config.batch_size)
-  )
-  method = jax.jit(lambda key: parts.method.init(key, features))(method_key)
+  images = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
+  one_batch = jax.eval_shape(module.apply, variables, images)
+  of_all = lambda x: jax.ShapeDtypeStruct((num_images, *x.shape[1:]), x.dtype)
+  shapes = jax.tree.map(of_all, one_batch)
+  method = jax.jit(lambda key: parts.method.init(key, shapes))(method_key)
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     opt_state=jax.jit(parts.optimizer.init)(variables["params"]),

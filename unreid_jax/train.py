@@ -10,7 +10,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, encode, methods, sharding
-from unreid_jax.config import check, resolve
+from unreid_jax.config import check, check_same, resolve
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import evaluate, export_features
 from unreid_jax.preemption import Preemption
@@ -38,7 +38,8 @@ def train(config: ConfigDict, path: str) -> None:
     stack.enter_context(jax.set_mesh(mesh))
     check(config, mesh.size)
     workdir = Workdir(path)
-    workdir.check(config)
+    if stored := workdir.stored_config():
+      check_same(stored, config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
     images, camids = dataset.train.images, dataset.train.camids
@@ -64,10 +65,7 @@ def train(config: ConfigDict, path: str) -> None:
     state = first_state(parts, len(images), weights)
     workdir.write_config(config)
     if not is_new:
-      variables, rest = checkpoints.restore(
-        "last", state.variables, state.training
-      )
-      state = state.replace(**variables, **rest)
+      state = checkpoints.restore("last", like=state)
     step, end = int(state.step), config.epochs * steps_per_epoch
     score_state = lambda state, step: report_scores(
       parts.encoder(state), parts.distance, dataset, step,
@@ -96,13 +94,13 @@ def train(config: ConfigDict, path: str) -> None:
         state = relabel(
           parts, state, refresh, dataset.train, method_key, writer
         )
-      labels = np.asarray(state.labels)
+      labels = np.array(state.labels)  # the step gives the state away
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
       pause = min(end, *(step - step % every + every for every in pauses))
       rows_of_steps = plan(labels, camids, epoch)[done : done + pause - step]
       title, latest = f"epoch {epoch + 1}/{config.epochs}", None
-      arrays = {"images": images, "indices": indices, "labels": labels}
-      arrays["camids"] = camids
+      arrays = {"images": images, "indices": indices, "camids": camids}
+      arrays["labels"] = labels
       for rows in writer.track(rows_of_steps, title, scale=config.batch_size):
         batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
         previous, (state, latest) = latest, train_step(state, batch, key)
@@ -114,23 +112,16 @@ def train(config: ConfigDict, path: str) -> None:
         if stop := preemption.requested(step):
           break
       check_finite(latest, step)
-      save = functools.partial(
-        checkpoints.save,
-        step=step,
-        card=parts.card,
-        encoder=state.variables,
-        training=state.training,
-      )
       if step % steps_per_epoch == 0:
         report_epoch(parts, state, writer)
       if step == end or step % due["evaluate"] == 0:
         scores = score_state(state, step)
         if scores:
           if is_best(scores, writer.history("evaluate")):
-            save("best")
+            checkpoints.save("best", step, parts.card, state)
           writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
-        save("last")
+        checkpoints.save("last", step, parts.card, state)
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))

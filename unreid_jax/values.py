@@ -12,7 +12,7 @@ import math
 import numbers
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from unreid_jax import UserError
@@ -27,50 +27,43 @@ class BadValue(UserError):
 
 
 class Range(NamedTuple):
-  """The smallest and the largest value; an open end is itself not allowed."""
+  """The smallest and the largest value; "(" and ")" exclude them."""
 
   low: float
   high: float = math.inf
-  open_low: bool = False
-  open_high: bool = False
+  ends: str = "[]"
 
   def holds(self, value: numbers.Real) -> bool:
     """Whether a value lies within."""
-    above = value > self.low if self.open_low else value >= self.low
-    return above and (
-      value < self.high if self.open_high else value <= self.high
-    )
+    at_end = {self.low: self.ends[0] == "[", self.high: self.ends[1] == "]"}
+    return self.low < value < self.high or at_end.get(value, False)
 
   def __str__(self) -> str:
-    low = f"above {self.low}" if self.open_low else f"of {self.low} or more"
-    if self.high == math.inf:
-      return low
-    if self.open_low and self.open_high:
-      return f"between {self.low} and {self.high}"
-    if not self.open_high:
-      return f"from {self.low} to {self.high}"
-    return f"{low}, below {self.high}"
+    if self.high < math.inf:
+      return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+    low = self.low
+    return f"of {low} or more" if self.ends[0] == "[" else f"above {low}"
 
 
 class OneOf(NamedTuple):
   """Names that are only known when they are asked for, such as modules."""
 
-  names: Callable[[], typing.Iterable[str]]
+  names: Callable[[], Iterable[str]]
 
 
 class Nested(NamedTuple):
-  """A mapping with typed keys of its own; see `fields`."""
+  """A section: from its values, the type of each of its keys."""
 
   fields: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 DURATION, FREE = object(), object()  # marks, see `Duration` and `Free`
 T = typing.TypeVar("T")
-Positive = Annotated[float, Range(0, open_low=True)]
+Positive = Annotated[float, Range(0, ends="(]")]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-BelowOne = Annotated[float, Range(0, 1, open_high=True)]
-InsideUnit = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+BelowOne = Annotated[float, Range(0, 1, "[)")]
+InsideUnit = Annotated[float, Range(0, 1, "()")]
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
 # Steps; in a config also "10 epochs" or "500 steps", see `steps`.
@@ -78,6 +71,22 @@ Duration = Annotated[int, Range(0), DURATION]
 # May change between two parts of a run: it says where the run happens and what
 # it reports, not what it learns.
 Free = Annotated[T, FREE]
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(?: (step|epoch)s?)?")
+_PLAIN = {  # what a value of a type is an instance of, and what it is called
+  bool: (bool, "True or False"),
+  str: (str, "a text"),
+  int: (numbers.Integral, "a whole number"),
+  float: (numbers.Real, "a number"),
+}
+
+
+class Checked:
+  """A dataclass whose values are checked by their types when it is made."""
+
+  def __post_init__(self):
+    names = [field.name for field in dataclasses.fields(self)]
+    check(fields(type(self)), {name: getattr(self, name) for name in names})
 
 
 def fields(owner: Callable) -> dict[str, Any]:
@@ -87,34 +96,17 @@ def fields(owner: Callable) -> dict[str, Any]:
 
 
 def check(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-  """Refuses the first value that its type does not allow.
-
-  Args:
-    kinds: the type of each key, from `fields`.
-    values: the value of each key.
-
-  Raises:
-    BadValue: which key, and what it may be set to.
-  """
+  """Refuses, by a `BadValue`, the first value that its type does not allow."""
   for key, value in values.items():
     if key not in kinds:
       raise BadValue(key, f"is unknown here; there are: {', '.join(kinds)}")
-    kind = kinds[key]
-    nested = nested_fields(kind, value)
-    if nested is not None:
-      with section(key):
+    with section(key):
+      nested = nested_fields(kinds[key], value)
+      if nested is not None:
         check(nested, value)
-    elif hint := _objection(kind, value):
+    if nested is None and (wanted := _objection(kinds[key], value)):
       shown = f'"{value}"' if isinstance(value, str) else str(value)
-      raise BadValue(key, f"is {shown}: set it to {hint}")
-
-
-class Checked:
-  """A dataclass whose values are checked by their types when it is made."""
-
-  def __post_init__(self):
-    names = [field.name for field in dataclasses.fields(self)]
-    check(fields(type(self)), {name: getattr(self, name) for name in names})
+      raise BadValue(key, f"is {shown}: set it to {wanted}")
 
 
 @contextlib.contextmanager
@@ -127,37 +119,28 @@ def section(name: str) -> Iterator[None]:
 
 
 def nested_fields(kind: Any, value: Any) -> Mapping[str, Any] | None:
-  """The types of the keys of a mapping; None for any other value."""
+  """The types of the keys of a section; None for any other value."""
   mark = _mark(kind, Nested)
   return mark.fields(value) if mark and isinstance(value, Mapping) else None
 
 
 def has(kind: Any, mark: object) -> bool:
   """Whether a type, or that of its items, has the mark DURATION or FREE."""
-  metadata = getattr(kind, "__metadata__", ())
   items = typing.get_args(kind)
-  return mark in metadata or any(has(item, mark) for item in items)
+  marks = getattr(kind, "__metadata__", ())
+  return mark in marks or any(has(item, mark) for item in items)
 
 
 def steps(duration: int | str | tuple | list, steps_per_epoch: int) -> Any:
-  """A duration as a number of steps, at least one if it is not zero.
+  """A duration, or some, as numbers of steps; at least one if it is not zero.
 
-  Args:
-    duration: "10 epochs", "500 steps" or a number of steps, or some of them.
-    steps_per_epoch: how many steps an epoch has.
+  Durations are "10 epochs", "500 steps" or a number of steps.
   """
   if isinstance(duration, tuple | list):
     return tuple(steps(one, steps_per_epoch) for one in duration)
   number, unit = _DURATION.fullmatch(str(duration)).groups()
   scale = steps_per_epoch if unit == "epoch" else 1
   return max(round(float(number) * scale), 1 if float(number) else 0)
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(?: (step|epoch)s?)?")
-_DURATION_HINT = 'a duration, such as "10 epochs" or "500 steps"'
-_NOUNS = {bool: "True or False", str: "a text", int: "a whole number"}
-_NOUNS |= {float: "a number"}
-_TYPES = {bool: bool, str: str, int: numbers.Integral, float: numbers.Real}
 
 
 def _mark(kind, of):
@@ -168,25 +151,26 @@ def _mark(kind, of):
 def _objection(kind, value) -> str | None:
   """What the value should be instead, or None."""
   limits, one_of = _mark(kind, Range), _mark(kind, OneOf)
-  if has(kind, DURATION) and isinstance(value, str):
-    return None if _DURATION.fullmatch(value) else _DURATION_HINT
   plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-  if typing.get_origin(plain) is Literal or one_of:
-    names = one_of.names() if one_of else typing.get_args(plain)
-    known = isinstance(value, str) and value in (names := list(names))
+  if one_of or typing.get_origin(plain) is Literal:
+    names = list(one_of.names() if one_of else typing.get_args(plain))
+    known = isinstance(value, str) and value in names
     return None if known else " or ".join(f'"{name}"' for name in names)
   if typing.get_origin(plain) is tuple:
     item = typing.get_args(plain)[0]
-    if not isinstance(value, tuple | list):
-      return f"a list, each item {_objection(item, None)}"
-    return next(filter(None, (_objection(item, x) for x in value)), None)
-  if plain not in _TYPES:
+    some = value if isinstance(value, tuple | list) else [None]
+    return next(filter(None, (_objection(item, x) for x in some)), None)
+  if has(kind, DURATION):
+    is_text = isinstance(value, str) and _DURATION.fullmatch(value)
+    is_right = is_text or _objection(Annotated[int, limits], value) is None
+    return None if is_right else 'a duration: "10 epochs" or "500 steps"'
+  if plain not in _PLAIN:
     return None
-  fits = isinstance(value, _TYPES[plain])
-  fits &= plain is bool or not isinstance(value, bool)
+  instance, wanted = _PLAIN[plain]
+  fits = isinstance(value, instance) and isinstance(value, bool) == (
+    plain is bool
+  )
   fits = fits and (plain is not float or math.isfinite(value))
   if fits and (limits is None or limits.holds(value)):
     return None
-  if has(kind, DURATION):
-    return _DURATION_HINT
-  return f"{_NOUNS[plain]} {limits}" if limits else _NOUNS[plain]
+  return f"{wanted} {limits}" if limits else wanted

@@ -10,17 +10,9 @@ from typing import Annotated, Literal
 import numpy as np
 from PIL import Image
 
-from unreid_jax import UserError, values
+from unreid_jax import values
 from unreid_jax.data import datasets, synthetic
-from unreid_jax.data.images import (
-  IMAGE_SUFFIXES,
-  Dataset,
-  File,
-  Split,
-  is_image,
-  load_split,
-  resize,
-)
+from unreid_jax.data.images import Dataset, Split, files_in, load_split, resize
 from unreid_jax.values import Count, CountOrNone, Free
 
 __all__ = ["Dataset", "Split", "load", "names"]
@@ -52,14 +44,12 @@ def load(
 
   Args:
     name: "synthetic", "folder", or a module of `data.datasets`.
-    height: the height of every image, in pixels.
-    width: the width of every image, in pixels.
+    height, width: of every image, in pixels.
     root: the unpacked set, the folder that holds it, or its zip. For "folder",
       a directory of crops, in which each sub-folder is a camera: it has a train
       split only, without identities (pid -1).
     cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
-    on_corrupt: what to do about an image that cannot be read: raise an error,
-      or leave it out.
+    on_corrupt: whether an image that cannot be read is left out.
     version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.
     seed: the random seed from which the synthetic set is drawn.
     splits: the splits to decode or draw; the others are None.
@@ -87,39 +77,18 @@ def load(
 def _open(name, root, version, data_dir):
   """The files of each split, and a function that opens a split's reader."""
   if name == "folder":
-    files = _list(root)
+    files = files_in(root)
     return {"train": files}, lambda _: lambda i: files[i].path.read_bytes()
   module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
-  classes = module.layout.Builder.__subclasses__()
-  make_builder = next(known for known in classes if known.name == name)
-  builder = make_builder(root=root, version=version, data_dir=data_dir)
+  builders = {x.name: x for x in module.layout.Builder.__subclasses__()}
+  builder = builders[name](root=root, version=version, data_dir=data_dir)
   return builder.files, builder.open_reader
 
 
 def _synthetic(height, width, seed, splits) -> Dataset:
   def resized(split):
-    images = (Image.fromarray(image) for image in split.images)
-    images = [resize(image, height, width) for image in images]
+    images = [resize(Image.fromarray(x), height, width) for x in split.images]
     return split._replace(images=np.stack(images))
 
   dataset = synthetic.make(seed, splits=splits)
   return Dataset(*(split and resized(split) for split in dataset))
-
-
-def _list(root: str) -> list[File]:
-  """Every image below a folder; the first sub-folder is its camera, from 1."""
-  folder = pathlib.Path(root).expanduser()
-  if not root or not folder.is_dir():
-    raise UserError(
-      f'dataset.root="{root}" is no folder: set it to a directory of crops'
-    )
-  paths = [p for p in folder.rglob("*") if is_image(p.name) and p.is_file()]
-  if not paths:
-    raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)})")
-  paths = sorted(path.relative_to(folder).as_posix() for path in paths)
-  folders = ["/".join(path.split("/")[:-1][:1]) for path in paths]
-  cameras = {name: i for i, name in enumerate(sorted(set(folders)), 1)}
-  return [
-    File(path, -1, cameras[camera], folder / path)
-    for path, camera in zip(paths, folders, strict=True)
-  ]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt8, UInt32
 from unreid_jax.values import CountOrNone, Fraction
 
 Colour = tuple[float, float, float]
+RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 
 
 def normalise(
@@ -20,7 +21,7 @@ def normalise(
 
 
 def augment(
-  key: Key[Array, ""] | UInt32[Array, "2"],
+  key: RandomKey,
   images: UInt8[Array, "b h w 3"],
   *,
   flip: bool,
@@ -45,8 +46,7 @@ def augment(
     erase_fill: what the rectangle is filled with, after normalisation: "mean"
       is the mean colour, not normalised, as in the references; "zero" is what
       normalisation makes of the mean colour.
-    mean: the colour that normalisation subtracts, see `normalise`.
-    std: the standard deviations by which normalisation divides.
+    mean, std: see `normalise`.
 
   Source: train transform of alibaba/cluster-contrast-reid; Zhong et al.,
   Random Erasing, arXiv 1708.04896.
@@ -54,10 +54,8 @@ def augment(
 
   def one(key, image):
     crop_key, erase_key = jax.random.split(key)
-    return (
-      _flip_and_crop(crop_key, image, flip, pad),
-      erase_mask(erase_key, image.shape[:2], erase_probability),
-    )
+    mask = erase_mask(erase_key, image.shape[:2], erase_probability)
+    return _flip_and_crop(crop_key, image, flip, pad), mask
 
   keys = jax.random.split(key, len(images))
   images, erased = jax.vmap(one)(keys, images)
@@ -65,12 +63,7 @@ def augment(
   return jnp.where(erased[..., None], fill, normalise(images, mean, std))
 
 
-def _flip_and_crop(
-  key: Key[Array, ""] | UInt32[Array, "2"],
-  image: UInt8[Array, "h w 3"],
-  flip: bool,
-  pad: int,
-) -> UInt8[Array, "h w 3"]:
+def _flip_and_crop(key, image, flip, pad) -> UInt8[Array, "h w 3"]:
   flip_key, crop_key = jax.random.split(key)
   height, width, _ = image.shape
   top, left = jax.random.randint(crop_key, (2,), -pad, pad + 1, jnp.int32)
@@ -79,17 +72,13 @@ def _flip_and_crop(
     mirrored = jax.random.bernoulli(flip_key)
     columns = jnp.where(mirrored, width - 1 - columns, columns)
   # Negative indices would count from the end; the far ones are filled.
-  rows, columns = (
-    jnp.where(index < 0, size, index)
-    for index, size in ((rows, height), (columns, width))
-  )
+  rows = jnp.where(rows < 0, height, rows)
+  columns = jnp.where(columns < 0, width, columns)
   return image.at[rows[:, None], columns[None]].get(mode="fill", fill_value=0)
 
 
 def erase_mask(
-  key: Key[Array, ""] | UInt32[Array, "2"],
-  size: tuple[int, int],
-  probability: float,
+  key: RandomKey, size: tuple[int, int], probability: float
 ) -> Bool[Array, "h w"]:
   """The rectangle that random erasing hides in one image of `size` (h, w).
 
@@ -98,13 +87,9 @@ def erase_mask(
   here 100 are drawn at once, and the first that fits is taken.
   """
   fire_key, shape_key, place_key = jax.random.split(key, 3)
-  area, aspect = jax.random.uniform(
-    shape_key,
-    (2, 100),
-    jnp.float32,
-    minval=jnp.float32([[0.02], [0.3]]),
-    maxval=jnp.float32([[0.4], [1 / 0.3]]),
-  )
+  low, high = jnp.float32([[0.02], [0.3]]), jnp.float32([[0.4], [1 / 0.3]])
+  shape = (2, 100)
+  area, aspect = jax.random.uniform(shape_key, shape, jnp.float32, low, high)
   area *= size[0] * size[1]
   sides = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect])))
   fits = (sides < jnp.float32(size)[:, None]).all(0)

@@ -20,10 +20,10 @@ from PIL import Image
 
 from unreid_jax import UserError, progress
 
+_Pixels = UInt8[np.ndarray, "h w 3"]
 _AT_ONCE = 256  # images decoded between two looks at what went wrong
 _UNFINISHED = ".unfinished"
-_DAY = 24 * 3600
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class Split(NamedTuple):
@@ -45,7 +45,7 @@ class Dataset(NamedTuple):
 
 def is_image(name: str) -> bool:
   """Whether a file name is an image's, and not Thumbs.db or the like."""
-  return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+  return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
 class File(NamedTuple):
@@ -60,33 +60,25 @@ class File(NamedTuple):
 def fingerprint(files: Sequence[File]) -> str:
   """Sixteen hex digits that change when a file is added, renamed or changed.
 
-  They are made from names, sizes and times of change; in a zip, from checksums
-  instead of times.
-
-  Raises:
-    UserError: a file is missing.
+  They are made from names, sizes and times of change (in a zip, checksums). It
+  raises a UserError if a file is missing.
   """
   digest = hashlib.sha256()
-  for file in files:
+  for *labels, path in files:
     try:
-      state = _state(file.path)
+      if isinstance(path, zipfile.Path):
+        info = path.root.getinfo(path.at)
+        state = info.file_size, info.CRC
+      else:
+        info = path.stat()
+        state = info.st_size, info.st_mtime_ns
     except (OSError, KeyError):
-      raise UserError(f"{file.path} is missing: unpack the set again") from None
-    digest.update(repr((file.name, file.pid, file.camid, state)).encode())
+      raise UserError(f"{path} is missing: unpack the set again") from None
+    digest.update(repr((*labels, state)).encode())
   return digest.hexdigest()[:16]
 
 
-def _state(path: pathlib.Path | zipfile.Path) -> tuple[int, int]:
-  if isinstance(path, zipfile.Path):
-    info = path.root.getinfo(path.at)
-    return info.file_size, info.CRC
-  info = path.stat()
-  return info.st_size, info.st_mtime_ns
-
-
-def resize(
-  image: Image.Image, height: int, width: int
-) -> UInt8[np.ndarray, "h w 3"]:
+def resize(image: Image.Image, height: int, width: int) -> _Pixels:
   """RGB of that size, by Pillow's bicubic filter, as torchvision does it."""
   size = (width, height)
   return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
@@ -104,19 +96,11 @@ def load_split(
 ) -> Split:
   """The images of some files, decoded into the cache unless they are there.
 
-  An entry of the cache is a folder, which gets its name when it is complete.
-  The name holds the size of the images and the fingerprint of the files.
+  An entry of the cache is a folder, which gets its name when it is complete:
+  `name`, the size of the images in pixels, and the fingerprint of the files.
 
-  Args:
-    files: the images, in the order of the split.
-    open_reader: called if the cache has no such entry. It returns a function
-      from a position in `files` to an encoded image, which several threads
-      call at once.
-    cache_dir: the folder of the cache; what it holds may be deleted.
-    name: how the entry's name begins, for people who look into the cache.
-    height: the height of every image, in pixels.
-    width: the width of every image, in pixels.
-    on_corrupt: "skip" leaves out the images that cannot be decoded.
+  If there is none, `open_reader` is called. It returns a function from a
+  position in `files` to an encoded image, which several threads call at once.
 
   Raises:
     UserError: an image cannot be decoded; with "skip", none of them can.
@@ -129,14 +113,34 @@ def load_split(
     _write(folder, rows, (height, width, 3), on_corrupt)
   corrupt = dict(json.loads((folder / "corrupt.json").read_text()))
   if corrupt:
-    _report(name, list(corrupt.values()), len(files), on_corrupt)
+    first = next(iter(corrupt.values()))
+    if on_corrupt == "error":
+      raise _corrupt_error(first)
+    logging.getLogger(__name__).warning(
+      "%s: %d of %d images left out; the first: %s",
+      name, len(corrupt), len(files), first,
+    )  # fmt: skip
   kept = [file for i, file in enumerate(files) if i not in corrupt]
-  return Split(
-    images=np.load(folder / "images.npy", mmap_mode="r"),
-    pids=np.array([file.pid for file in kept], np.int32),
-    camids=np.array([file.camid for file in kept], np.int32),
-    names=tuple(file.name for file in kept),
-  )
+  names, pids, camids, _ = zip(*kept, strict=True)
+  images = np.load(folder / "images.npy", mmap_mode="r")
+  pids, camids = np.array([pids, camids], np.int32)
+  return Split(images, pids, camids, names)
+
+
+def files_in(root: str) -> list[File]:
+  """Every image below a folder; the first sub-folder is its camera, from 1."""
+  folder = pathlib.Path(root).expanduser()
+  if not root or not folder.is_dir():
+    fix = "set it to a directory of crops"
+    raise UserError(f'dataset.root="{root}" is no folder: {fix}')
+  paths = [p for p in folder.rglob("*") if is_image(p.name) and p.is_file()]
+  if not paths:
+    raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
+  paths = sorted(path.relative_to(folder).as_posix() for path in paths)
+  cameras = [path.partition("/")[0] if "/" in path else "" for path in paths]
+  camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
+  pairs = zip(paths, camids, strict=True)
+  return [File(path, -1, camid, folder / path) for path, camid in pairs]
 
 
 def _decode(files, read, height, width):
@@ -160,7 +164,7 @@ def _write(folder, rows, shape, on_corrupt) -> None:
   """Writes an entry under a temporary name and renames it at the end."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   for other in folder.parent.glob(f"*{_UNFINISHED}"):  # of killed runs
-    if time.time() - other.stat().st_mtime > _DAY:
+    if time.time() - other.stat().st_mtime > 24 * 3600:
       shutil.rmtree(other, ignore_errors=True)
   new = pathlib.Path(tempfile.mkdtemp(_UNFINISHED, dir=folder.parent))
   try:
@@ -176,9 +180,11 @@ def _write(folder, rows, shape, on_corrupt) -> None:
 
 def _write_rows(path, rows, shape, on_corrupt) -> list[tuple[int, str]]:
   """Writes the images; returns (position, reason) of each that is missing."""
-  corrupt, count = [], 0
+  corrupt, header = [], {"descr": "|u1", "fortran_order": False}
+  write_header = np.lib.format.write_array_header_1_0
   with open(path, "wb") as file:
-    _write_header(file, (0, *shape))
+    write_header(file, header | {"shape": (0, *shape)})
+    count = 0
     for i, row in enumerate(rows):
       if isinstance(row, str):
         corrupt.append((i, row))
@@ -187,26 +193,11 @@ def _write_rows(path, rows, shape, on_corrupt) -> list[tuple[int, str]]:
       else:
         file.write(row.tobytes())
         count += 1
-    file.seek(0)
-    _write_header(file, (count, *shape))  # as long as the first one
+    file.seek(0)  # both headers have the same length
+    write_header(file, header | {"shape": (count, *shape)})
   if not count:
     raise _corrupt_error(f"no image can be read: {corrupt[0][1]}")
   return corrupt
-
-
-def _write_header(file, shape) -> None:
-  np.lib.format.write_array_header_1_0(
-    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-  )
-
-
-def _report(name, corrupt, num_files, on_corrupt) -> None:
-  if on_corrupt == "error":
-    raise _corrupt_error(corrupt[0])
-  logging.getLogger(__name__).warning(
-    "%s: %d of %d images left out; the first: %s",
-    name, len(corrupt), num_files, corrupt[0],
-  )  # fmt: skip
 
 
 def _corrupt_error(line: str) -> UserError:

@@ -11,12 +11,13 @@ from jaxtyping import Int
 from unreid_jax import UserError
 from unreid_jax.values import Count, CountOrNone
 
-_NOTHING = "no image has a label >= 0: there is nothing to train on"
+_Ids = Int[np.ndarray, " n"]
+_Batches = Iterator[Int[np.ndarray, " {batch_size}"]]
 
 
 def plan(
-  labels: Int[np.ndarray, " n"],
-  camids: Int[np.ndarray, " n"],
+  labels: _Ids,
+  camids: _Ids,
   epoch: int,
   *,
   batch_size: Count,
@@ -28,20 +29,20 @@ def plan(
   """The positions of the images of each step of an epoch.
 
   Args:
-    labels: the label of each train image; negative: an outlier.
-    camids: the camera of each train image.
-    epoch: the number of the epoch, from 0.
+    labels, camids: of each train image; a negative label is an outlier.
+    epoch: counted from 0.
     batch_size: the number of images in a step.
     steps: the number of steps in the epoch.
-    seed: the random seed of the run.
+    seed: of the run.
     num_instances: how many images of a cluster stand in a batch, see
       `by_cluster`; with 0, or if no two images share a label, see `shuffled`.
-    other_camera: whether the images of a cluster should be under different
-      cameras, see `by_cluster`.
+    other_camera: see `by_cluster`.
 
   Raises:
     UserError: all images are outliers.
   """
+  if not (labels >= 0).any():
+    raise UserError("no image has a label >= 0: there is nothing to train on")
   rng = np.random.default_rng((seed, epoch))
   has_clusters = np.bincount(labels[labels >= 0]).max(initial=0) > 1
   if num_instances and has_clusters:
@@ -53,18 +54,15 @@ def plan(
 
 
 def shuffled(
-  rng: np.random.Generator, labels: Int[np.ndarray, " n"], batch_size: int
-) -> Iterator[Int[np.ndarray, " {batch_size}"]]:
+  rng: np.random.Generator, labels: _Ids, batch_size: int
+) -> _Batches:
   """Yields batches without end, from passes over all images in random order.
 
   The last, incomplete batch of each pass is left out. If there are fewer images
   than a batch needs, the batch repeats them.
   """
-  images = np.flatnonzero(labels >= 0)
-  if not len(images):
-    raise UserError(_NOTHING)
   while True:
-    order = rng.permutation(images)
+    order = rng.permutation(np.flatnonzero(labels >= 0))
     order = np.resize(order, max(len(order), batch_size))
     for end in range(batch_size, len(order) + 1, batch_size):
       yield order[end - batch_size : end]
@@ -72,12 +70,12 @@ def shuffled(
 
 def by_cluster(
   rng: np.random.Generator,
-  labels: Int[np.ndarray, " n"],
-  camids: Int[np.ndarray, " n"],
+  labels: _Ids,
+  camids: _Ids,
   batch_size: int,
   num_instances: int,
   other_camera: bool = True,
-) -> Iterator[Int[np.ndarray, " {batch_size}"]]:
+) -> _Batches:
   """Yields batches without end, with `num_instances` images of each cluster.
 
   A pass visits each cluster once, in random order; its last, incomplete batch
@@ -85,29 +83,18 @@ def by_cluster(
   clusters than a batch needs, the batch repeats them.
 
   The first image of a cluster is drawn at random. The others are drawn from
-  its images under other cameras or, if there are none, from all of its other
+  its images under other cameras or, if there are none or with
+  `other_camera=False` (`--no-cam` in the references), from all of its other
   images; with replacement if these are fewer than num_instances. A cluster of
   one image yields it once: the clusters behind it move up, and one of them may
   be cut by the border between two batches.
-
-  Args:
-    rng: the source of all randomness.
-    labels: the label of each image; negative: an outlier.
-    camids: the camera of each image.
-    batch_size: the number of images in a batch.
-    num_instances: the number of images that a cluster of two or more yields.
-    other_camera: False draws the others under any camera, as `--no-cam` in the
-      references.
 
   Source: Ge et al., NeurIPS 2020 (RandomMultipleGallerySampler in yxgeee/SpCL
   and alibaba/cluster-contrast-reid).
   """
   order = np.argsort(labels, kind="stable")
   order = order[np.searchsorted(labels[order], 0) :]
-  if not len(order):
-    raise UserError(_NOTHING)
-  borders = np.flatnonzero(np.diff(labels[order])) + 1
-  clusters = np.split(order, borders)
+  clusters = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
   def block(images):
     first = rng.choice(images)

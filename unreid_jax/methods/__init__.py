@@ -15,6 +15,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import (
+  Annotated,
   Any,
   NamedTuple,
   Protocol,
@@ -84,59 +85,50 @@ class Proxies(NamedTuple):
 
 @runtime_checkable
 class Init(Protocol):
-  """Makes the first state."""
+  """Makes the first state; called once, jitted."""
 
   def __call__(self, key: Array, shapes: Features) -> State:
-    """Called once, jitted.
-
-    Args:
-      key: random; the same one for the same seed.
-      shapes: `ShapeDtypeStruct`s of the features of all n train images.
-    """
+    """Takes `ShapeDtypeStruct`s of the features of all n train images."""
 
 
 @runtime_checkable
 class Encode(Protocol):
-  """The features of all train images; `label` calls it if it wants them."""
+  """Gives the features of all train images, arrays [n, ...] on the host."""
 
   def __call__(self, train: bool = False) -> Features:
-    """Encodes the train set; arrays [n, ...] on the host.
+    """With `train`, the pass is one in training mode.
 
-    Args:
-      train: whether the pass is one in training mode: shuffled, augmented, with
-        the batch norm's batch statistics, which also move the running ones.
+    The images come shuffled and augmented, batch norm uses their statistics,
+    and its running ones move on.
     """
 
 
 @runtime_checkable
 class Label(Protocol):
-  """Decides which images belong together."""
+  """Decides which images belong together; called each epoch, on the host."""
 
   def __call__(
     self, state: State, encode: Encode, split: Any, epoch: int
   ) -> Labels | None:
-    """Called at each epoch's start, on the host.
+    """Returns labels, or None if the last epoch's labels and banks stay.
 
     Args:
       state: the method's.
-      encode: gives the features of all train images.
+      encode: gives the features of all train images, if they are wanted.
       split: the train set, a `data.Split`; its `pids` serve for diagnosis and
         for the supervised bound alone.
       epoch: counted from 0.
-
-    Returns:
-      The labels, or None: the last epoch's labels and banks stay as they are.
     """
 
 
 @runtime_checkable
 class Refresh(Protocol):
-  """Rebuilds the banks for new labels."""
+  """Rebuilds the banks for new labels; called after `label`, jitted."""
 
   def __call__(
     self, state: State, labels: Int[Array, " n"], given: PyTree, key: Array
   ) -> State:
-    """Called after `label`, jitted; keeps shapes, dtypes and shardings.
+    """Keeps the state's shapes, dtypes and shardings.
 
     Args:
       state: the method's.
@@ -148,32 +140,30 @@ class Refresh(Protocol):
 
 @runtime_checkable
 class Step(Protocol):
-  """The loss of a batch, and the state after it."""
+  """The loss of a batch, and the state after it; called in each step.
+
+  The gradient of the loss is taken in the features. A method with `proxies`
+  takes a further argument, `negatives`: logits [b, e] that are added to the
+  denominator of its loss, -inf where there is none; and it reports what they
+  add to the loss as the figure "loss_negatives".
+  """
 
   def __call__(
     self, state: State, features: Features, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], tuple[State, dict[str, Float[Array, ""]]]]:
-    """Called in each step, inside the gradient, which is taken in `features`.
+    """Returns the loss, and as auxiliary output the next state and figures.
 
     Args:
       state: the method's. Banks are written from their values before the step.
       features: what the encoder has made of the batch.
-      batch: whose images these are.
+      batch: whose images these are, and where the run is.
       key: random; another one in each step.
-
-    Returns:
-      The loss, and as auxiliary output the state after the step and figures of
-      it; the loop averages those over the epoch.
-
-    A method with `proxies` takes a further argument, `negatives`: logits
-    [b, e] that are added to the denominator of its loss, -inf where there is
-    none. It reports what they add to the loss as the figure "loss_negatives".
     """
 
 
 @runtime_checkable
 class Distance(Protocol):
-  """How far apart two images are at test time."""
+  """How far apart images are at test time; jitted."""
 
   def __call__(
     self,
@@ -182,7 +172,7 @@ class Distance(Protocol):
     query_camids: Int[Array, " q"],
     gallery_camids: Int[Array, " g"],
   ) -> Float[Array, "q g"]:
-    """The distances of some queries to a part of the gallery; jitted."""
+    """The distances of some queries to a part of the gallery."""
 
 
 def euclidean_distance(
@@ -192,20 +182,15 @@ def euclidean_distance(
   gallery_camids: Int[Array, " g"],
 ) -> Float[Array, "q g"]:
   """Squared Euclidean distance of unit features; cameras play no part."""
-  del query_camids, gallery_camids
   size_of(query)
   return 2 - 2 * jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
 
 
 class Method(NamedTuple):
-  """A method's functions; see the protocol of each.
+  """A method's functions.
 
   Attributes:
-    init: makes the first state.
-    label: decides which images belong together.
-    refresh: rebuilds the banks.
-    step: the loss, and the state after the step.
-    distance: ranks a gallery.
+    init, label, refresh, step, distance: see the protocol of each.
     notes: lines for the user at an epoch's end, from the means of the figures
       of `step`; if there are any, the means are written to metrics.jsonl.
     proxies: the clusters' proxies in a state. A method that has them can be
@@ -227,17 +212,25 @@ def one_each(num: int, given: PyTree = None) -> Labels:
 
 
 def size_of(features: Features) -> tuple[int, int]:
-  """The number and the dimension of features [n, d].
-
-  Raises:
-    UserError: the encoder returns several features an image.
-  """
+  """The number and the dimension of features [n, d]; refuses all others."""
   if isinstance(features, dict):
     raise UserError(
       "this method takes one feature an image, and the encoder returns "
       f'{" and ".join(features)} ones: set encoder.head to "neck"'
     )
   return features.shape
+
+
+def names() -> list[str]:
+  """Every method that there is."""
+  return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def fields(section: Mapping[str, Any]) -> dict[str, Any]:
+  """The types of a method's hyper-parameters, and of its `section["name"]`."""
+  of_name = {"name": Annotated[str, values.OneOf(names)]}
+  values.check(of_name, {"name": section.get("name")})
+  return of_name | values.fields(_module(section["name"]).Hyperparameters)
 
 
 def make(name: str, **hyperparameters: Any) -> Method:
@@ -260,14 +253,5 @@ def defaults(name: str) -> dict[str, Any]:
   return dataclasses.asdict(_module(name).Hyperparameters())
 
 
-def fields(section: Mapping[str, Any]) -> dict[str, Any]:
-  """The types of the hyper-parameters of the method `section["name"]`."""
-  kinds = values.fields(_module(section["name"]).Hyperparameters)
-  return {"name": str} | kinds
-
-
-def _module(name: str) -> Any:
-  known = [module.name for module in pkgutil.iter_modules(__path__)]
-  if name not in known:
-    raise UserError(f'no method "{name}"; there are: {", ".join(known)}')
+def _module(name):
   return importlib.import_module(f"{__name__}.{name}")

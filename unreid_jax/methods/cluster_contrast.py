@@ -108,40 +108,20 @@ def step(hp, state: State, features, batch: Batch, key, negatives=None):
   """Cross-entropy of a feature's cluster, then the centroids move."""
   del key
   features = memory.normalize(features)  # as in the reference
-  loss, figures = cross_entropy(
-    hp, state.centroids, state.num_clusters, features, batch, negatives
-  )
+  logits = memory.similarities(state.centroids, features) / hp.temperature
+  loss, figures = loss_of(hp, logits, state, batch, negatives)
   write = batch.labels, features, hp.momentum
   centroids = _WRITES[hp.update](state.centroids, *write)
   return loss, (state.replace(centroids=centroids), figures)
 
 
-def cross_entropy(hp, bank, num_clusters, features, batch: Batch, negatives):
-  """The loss against one bank, with other negatives if there are any.
-
-  Args:
-    hp: has the temperature and the label_smoothing.
-    bank: the clusters' proxies [k, d].
-    num_clusters: how many of them exist.
-    features: unit features [b, d].
-    batch: has their labels.
-    negatives: logits [b, e], see `methods.Step`; None: there are none.
-
-  Returns:
-    The loss, and as figure what the negatives have added to it.
-  """
-  logits = memory.similarities(bank, features) / hp.temperature
-  return of_logits(hp, logits, num_clusters, batch, negatives)
-
-
-def of_logits(hp, logits, num_clusters, batch: Batch, negatives):
-  """`cross_entropy` of logits [b, k]."""
-  loss = losses.cross_entropy(
-    logits, batch.labels, num_clusters, hp.label_smoothing
-  )
+def loss_of(hp, logits, state, batch: Batch, negatives):
+  """Cross-entropy of logits [b, k], and what other negatives add to it."""
+  rest = state.num_clusters, hp.label_smoothing
+  loss = losses.cross_entropy(logits, batch.labels, *rest)
   if negatives is None:
     return loss, {}
-  added = losses.added_by_negatives(logits, num_clusters, negatives)
+  added = losses.added_by_negatives(logits, state.num_clusters, negatives)
   return loss + added, {"loss_negatives": added}
 
 

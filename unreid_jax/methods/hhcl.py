@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import memory
 from unreid_jax.methods import Batch, Method, cluster_contrast, size_of
-from unreid_jax.methods.cluster_contrast import cross_entropy, of_logits
+from unreid_jax.methods.cluster_contrast import loss_of
 from unreid_jax.pseudo_labels.clustering import Clustering
 from unreid_jax.values import BelowOne, Count, Fraction, InsideUnit, Positive
 
@@ -121,17 +121,16 @@ def two_rows_step(
 ):
   """Cross-entropies against the hard and the mean rows; each moves once."""
   del key
-  rest = state.num_clusters, features, batch, negatives
-  hard, hard_added = cross_entropy(hp, state.hard, *rest)
-  mean, mean_added = cross_entropy(hp, state.centroids, *rest)
+  logits = [
+    memory.similarities(x, features) for x in (state.hard, state.centroids)
+  ]
   w = hp.hard_weight
   weights = w, w * (1 - w) if hp.loss_weights == "code" else 1 - w
+  loss, figures = _weigh(hp, weights, logits, state, batch, negatives)
   write = batch.labels, features, hp.momentum
-  state = state.replace(
-    hard=memory.write_hardest(state.hard, *write),
-    centroids=memory.write_mean(state.centroids, *write),
-  )
-  return _weigh(weights, (hard, mean), (hard_added, mean_added), state)
+  hard = memory.write_hardest(state.hard, *write)
+  centroids = memory.write_mean(state.centroids, *write)
+  return loss, (state.replace(hard=hard, centroids=centroids), figures)
 
 
 def instances_step(
@@ -149,28 +148,26 @@ def instances_step(
   each = memory.similarities(rows, features).reshape(-1, k, p)
   is_own = batch.labels[:, None] == jnp.arange(k)[None]
   hardest = jnp.where(is_own, each.min(axis=2), each.max(axis=2))
-  rest = state.num_clusters, features, batch, negatives
-  hard, hard_added = of_logits(
-    hp, hardest / hp.temperature, state.num_clusters, batch, negatives
-  )
-  mean, mean_added = cross_entropy(hp, state.centroids, *rest)
+  logits = hardest, memory.similarities(state.centroids, features)
+  weights = 1 - hp.hard_weight, hp.hard_weight
+  loss, figures = _weigh(hp, weights, logits, state, batch, negatives)
   same = batch.labels[:, None] == batch.labels[None]
   turn = jnp.tril(same, -1).sum(axis=1)
   at = jnp.where(turn < p, batch.labels * p + turn, -1)
-  state = state.replace(
-    hard=memory.write(rows, at, features, 0.0).reshape(k, p, d),
-    centroids=memory.write_mean(
-      state.centroids, batch.labels, features, hp.momentum
-    ),
+  hard = memory.write(rows, at, features, 0.0).reshape(k, p, d)
+  centroids = memory.write_mean(
+    state.centroids, batch.labels, features, hp.momentum
   )
-  weights = 1 - hp.hard_weight, hp.hard_weight
-  return _weigh(weights, (hard, mean), (hard_added, mean_added), state)
+  return loss, (state.replace(hard=hard, centroids=centroids), figures)
 
 
-def _weigh(weights, losses, added, state):
-  """The sum of the hard and the mean loss, weighed, and their figures."""
-  total = lambda parts: sum(w * x for w, x in zip(weights, parts, strict=True))
-  figures = {"loss_hard": losses[0], "loss_mean": losses[1]}
-  if added[0]:
-    figures["loss_negatives"] = total([x["loss_negatives"] for x in added])
-  return total(losses), (state, figures)
+def _weigh(hp, weights, similarities, state, batch, negatives):
+  """The hard and the mean loss, weighed and added up; and both as figures."""
+  logits = [x / hp.temperature for x in similarities]
+  losses = [loss_of(hp, x, state, batch, negatives) for x in logits]
+  (hard, of_hard), (mean, of_mean) = losses
+  added = jax.tree.map(
+    lambda a, b: weights[0] * a + weights[1] * b, of_hard, of_mean
+  )
+  figures = {"loss_hard": hard, "loss_mean": mean} | added
+  return weights[0] * hard + weights[1] * mean, figures

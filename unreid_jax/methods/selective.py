@@ -102,7 +102,10 @@ class State:
 
 
 class Choice(NamedTuple):
-  """The rows that a batch is contrasted with; see `choose`."""
+  """The rows that a batch is contrasted with.
+
+  Which rows; whether they exist; the weights of the first p as positives.
+  """
 
   rows: Int[Array, "b m"]
   valid: Bool[Array, "b m"]
@@ -186,14 +189,9 @@ def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
     mixture=mixture,
   )
   best = jnp.argmax(jnp.where(choice.valid[None], logits, -jnp.inf), axis=2)
-  return loss, (
-    state,
-    {
-      "loss_local": per_branch[0],
-      "loss_global": per_branch[1],
-      "self_is_nearest": jnp.mean(best == 0, dtype=logits.dtype),
-    },
-  )
+  figures = {"loss_local": per_branch[0], "loss_global": per_branch[1]}
+  figures["self_is_nearest"] = jnp.mean(best == 0, dtype=logits.dtype)
+  return loss, (state, figures)
 
 
 def choose(
@@ -203,9 +201,6 @@ def choose(
 
   During the warm-up the order of the rows is random, the same for the whole
   batch, and no row but the anchor's own is a positive.
-
-  Returns:
-    The rows, whether they exist, and the weights of the first p as positives.
   """
   features = lax.stop_gradient(features)
   warmup = batch.step < hp.warmup

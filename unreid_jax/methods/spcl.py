@@ -103,12 +103,7 @@ def label(hp, state: State, encode, split, epoch: int) -> Labels:
 
 
 def features_to_cluster(hp, state, encode, num: int, epoch: int):
-  """What is clustered in an epoch, and what the memory is to start from.
-
-  Returns:
-    Features [n, d], and {"features": the same ones} if they are to replace what
-    the memory holds, else {}.
-  """
+  """What is clustered, [n, d]; and what `given` must hold for a new memory."""
   if epoch and hp.recluster == "memory":
     return memory.to_host(state.bank, num), {}
   features = encode()

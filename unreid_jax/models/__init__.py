@@ -1,5 +1,6 @@
 """Encoders: images to unit features."""
 
+import functools
 from typing import Annotated, Literal
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 from unreid_jax import UserError, values
 from unreid_jax.models import backbones
 from unreid_jax.models.heads import Neck, Stripes
+from unreid_jax.models.norm import GhostBatchNorm
 from unreid_jax.values import Count, CountOrNone, Positive
 
 
@@ -47,13 +49,8 @@ def make(
     width: what all channels of the backbone are multiplied by.
     head: "neck" as in Cluster Contrast, or "stripes" as in Pang et al.
     pooling: the average, or GeM with a learnable power.
-    bn_group_size: how many images share the statistics of batch norm; 0: the
-      whole batch.
-    bn_running: which of these groups the running statistics follow: the first
-      one, or the mean of all.
-    embedding_dim: the dimension of the global feature of the head "stripes".
-    stripe_dim: the dimension of a stripe's feature of the head "stripes".
-    num_stripes: the number of stripes of the head "stripes".
+    bn_group_size, bn_running: see `norm.GhostBatchNorm`.
+    embedding_dim, stripe_dim, num_stripes: of the head "stripes".
     dtype: the dtype of the backbone's computation.
 
   Raises:
@@ -62,9 +59,9 @@ def make(
   values.check(values.fields(make), {"arch": arch})
   if dtype == "float64" and not jax.config.jax_enable_x64:
     raise UserError('encoder.dtype is "float64": set JAX_ENABLE_X64=1 for it')
-  norm = {"bn_group_size": bn_group_size, "bn_running": bn_running}
-  backbone = backbones.archs()[arch](width=width, dtype=dtype, **norm)
+  norm = functools.partial(GhostBatchNorm, bn_group_size, bn_running)
+  backbone = backbones.archs()[arch](width=width, norm=norm, dtype=dtype)
   if head == "neck":
-    return Encoder(backbone, Neck(pooling, **norm))
-  dims = (embedding_dim, stripe_dim, num_stripes)
-  return Encoder(backbone, Stripes(pooling, *dims, **norm))
+    return Encoder(backbone, Neck(pooling, norm))
+  dims = embedding_dim, stripe_dim, num_stripes
+  return Encoder(backbone, Stripes(pooling, norm, *dims))

@@ -1,5 +1,7 @@
 """From a feature map to unit features: pooling, neck, stripes."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,21 +9,22 @@ from jaxtyping import Array, Float
 
 from unreid_jax import UserError
 from unreid_jax.memory import normalize
+from unreid_jax.models.conv import KAIMING
 from unreid_jax.models.norm import GhostBatchNorm, widen
 
-_KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+Maps = Float[Array, "b h w c"]
 
 
 class Pool(nn.Module):
-  """Average pooling, or GeM: the generalised mean with a learnable power.
+  """Average pooling, or GeM (Radenovic et al., TPAMI 2018).
 
-  GeM: Radenovic et al., TPAMI 2018. All channels share one power, 3 at first.
+  GeM is the generalised mean with a learnable power for all channels.
   """
 
   kind: str = "avg"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+  def __call__(self, x: Maps) -> Float[Array, "b c"]:
     x = widen(x)
     if self.kind == "avg":
       return x.mean((1, 2))
@@ -29,9 +32,7 @@ class Pool(nn.Module):
     return gem(x, p.astype(x.dtype))
 
 
-def gem(
-  x: Float[Array, "b h w c"], p: Float[Array, " 1"]
-) -> Float[Array, "b c"]:
+def gem(x: Maps, p: Float[Array, " 1"]) -> Float[Array, "b c"]:
   """Generalised mean over the pixels: mean(max(x, 1e-6) ** p) ** (1 / p)."""
   x = jnp.maximum(x, 1e-6)
   # Relative to the maximum no power underflows, which made NaN gradients.
@@ -47,18 +48,12 @@ class Neck(nn.Module):
   """
 
   pooling: str = "avg"
-  bn_group_size: int = 0
-  bn_running: str = "first"
+  norm: Callable[..., nn.Module] = GhostBatchNorm
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], train: bool
-  ) -> Float[Array, "b d"]:
+  def __call__(self, x: Maps, train: bool) -> Float[Array, "b d"]:
     x = Pool(self.pooling, name="pool")(x)
-    norm = GhostBatchNorm(
-      self.bn_group_size, self.bn_running, train_bias=False, name="bn"
-    )
-    return normalize(norm(x, train))
+    return normalize(self.norm(train_bias=False, name="bn")(x, train))
 
 
 class Stripes(nn.Module):
@@ -73,44 +68,30 @@ class Stripes(nn.Module):
   """
 
   pooling: str = "avg"
+  norm: Callable[..., nn.Module] = GhostBatchNorm
   embedding_dim: int = 2048
   stripe_dim: int = 256
   num_stripes: int = 8
-  bn_group_size: int = 0
-  bn_running: str = "first"
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], train: bool
-  ) -> dict[str, Float[Array, "b ..."]]:
-    norm_options = (self.bn_group_size, self.bn_running)
+  def __call__(self, x: Maps, train: bool) -> dict[str, Float[Array, "b ..."]]:
     whole = Pool(self.pooling, name="pool")(x)
-    whole = nn.Dense(
-      self.embedding_dim,
-      dtype=whole.dtype,
-      kernel_init=_KAIMING,
-      name="embedding",
-    )(whole)
-    whole = GhostBatchNorm(*norm_options, name="embedding_bn")(whole, train)
+    options = {"dtype": whole.dtype, "kernel_init": KAIMING}
+    dense = nn.Dense(self.embedding_dim, **options, name="embedding")
+    whole = self.norm(name="embedding_bn")(dense(whole), train)
 
-    parts = self._pool_stripes(x)
-    parts = StripeDense(self.stripe_dim, name="stripes")(parts)
-    shape = parts.shape
-    parts = GhostBatchNorm(*norm_options, name="stripes_bn")(
-      parts.reshape(shape[0], -1), train
-    ).reshape(shape)
-    return {"global": normalize(whole), "local": normalize(parts)}
-
-  def _pool_stripes(self, x: Float[Array, "b h w c"]) -> Float[Array, "b s c"]:
     b, h, w, c = x.shape
-    rows = h // self.num_stripes
+    num, rows = self.num_stripes, h // self.num_stripes
     if not rows:
       raise UserError(
-        f"the feature map has {h} rows, too few for {self.num_stripes} "
-        "stripes: raise dataset.height or lower encoder.num_stripes"
+        f"the feature map has {h} rows, too few for {num} stripes: raise "
+        "dataset.height or lower encoder.num_stripes"
       )
-    x = widen(x[:, : rows * self.num_stripes])
-    return x.reshape(b, self.num_stripes, rows * w, c).mean(2)
+    parts = widen(x[:, : rows * num]).reshape(b, num, rows * w, c).mean(2)
+    parts = StripeDense(self.stripe_dim, name="stripes")(parts)
+    flat = parts.reshape(b, -1)
+    parts = self.norm(name="stripes_bn")(flat, train).reshape(parts.shape)
+    return {"global": normalize(whole), "local": normalize(parts)}
 
 
 class StripeDense(nn.Module):

@@ -1,6 +1,7 @@
 """Batch normalisation over groups of images ("ghost" batch norm)."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,8 @@ from unreid_jax import UserError
 
 _MOMENTUM = 0.9
 _EPSILON = 1e-5
+_X = Float[Array, "b *hw c"]
+_Groups = Float[Array, "g c"]
 
 
 class GhostBatchNorm(nn.Module):
@@ -18,23 +21,17 @@ class GhostBatchNorm(nn.Module):
 
   With `group_size=64` a batch of 256 is normalised as four batches of 64. That
   is what PyTorch's DataParallel does on four GPUs, here on any number of
-  devices. As in PyTorch, the running variance is the unbiased one.
-
-  Attributes:
-    group_size: the number of images in a group; 0: the whole batch.
-    running: what the running statistics follow: the "first" group, as with
-      DataParallel and in the published numbers, or the "mean" of all groups.
-    train_bias: False freezes the bias at its initial or loaded value.
+  devices. As in PyTorch, the running variance is the unbiased one. The running
+  statistics follow the "first" group, as with DataParallel and in the published
+  numbers, or the "mean" of all groups.
   """
 
-  group_size: int = 0
+  group_size: int = 0  # images in a group; 0: the whole batch
   running: str = "first"
-  train_bias: bool = True
+  train_bias: bool = True  # False freezes its initial or loaded value
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b *hw c"], train: bool
-  ) -> Float[Array, "b *hw c"]:
+  def __call__(self, x: _X, train: bool) -> _X:
     channels = x.shape[-1]
     scale, bias = _scale_and_bias(self, x)
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -43,23 +40,23 @@ class GhostBatchNorm(nn.Module):
       bias = jax.lax.stop_gradient(bias)
     if not train:
       mean, var = (v.value.astype(scale.dtype) for v in (mean, var))
-      return _affine(x, _lift(mean, x), _lift(_invert(var) * scale, x), bias)
-    num_groups = self._num_groups(x.shape[0])
+      return _affine(x, mean, jax.lax.rsqrt(var + _EPSILON) * scale, bias)
+    size = self.group_size or len(x)
+    if len(x) % size:
+      raise UserError(
+        f"bn_group_size={size} does not divide the batch of {len(x)} images: "
+        "choose a divisor, or 0 for the whole batch"
+      )
+    num_groups = len(x) // size
     out, group_mean, group_var = _batch_norm(x, scale, bias, num_groups)
     if not self.is_initializing():
-      size = x.size // channels // num_groups
-      _update(mean, group_mean, self.running)
-      _update(var, group_var * (size / max(size - 1, 1)), self.running)
+      pixels = x.size // channels // num_groups
+      unbiased = group_var * (pixels / max(pixels - 1, 1))
+      for running, values in ((mean, group_mean), (var, unbiased)):
+        new = values[0] if self.running == "first" else values.mean(0)
+        new = jax.lax.stop_gradient(new).astype(running.value.dtype)
+        running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
     return out
-
-  def _num_groups(self, batch_size: int) -> int:
-    size = self.group_size or batch_size
-    if batch_size % size:
-      raise UserError(
-        f"bn_group_size={size} does not divide the batch of {batch_size} "
-        "images: choose a divisor, or 0 for the whole batch"
-      )
-    return batch_size // size
 
 
 def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -81,11 +78,8 @@ def _scale_and_bias(module, x):
 # The hand-written gradient reads the activations less often than autodiff's.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batch_norm(
-  x: Float[Array, "b *hw c"],
-  scale: Float[Array, " c"],
-  bias: Float[Array, " c"],
-  num_groups: int,
-) -> tuple[Float[Array, "b *hw c"], Float[Array, "g c"], Float[Array, "g c"]]:
+  x: _X, scale: Float[Array, " c"], bias: Float[Array, " c"], num_groups: int
+) -> tuple[_X, _Groups, _Groups]:
   """Normalised x, and the mean and the biased variance of each group.
 
   Only the first has a gradient; the others count as constants.
@@ -97,7 +91,7 @@ def _forward(x, scale, bias, num_groups):
   wide = widen(x)
   mean = _group_mean(wide, num_groups)
   var = _group_mean(jnp.square(wide - _spread(mean, x)), num_groups)
-  inverse = _invert(var)
+  inverse = jax.lax.rsqrt(var + _EPSILON)
   out = _affine(x, _spread(mean, x), _spread(inverse * scale[None], x), bias)
   return (out, mean, var), (x, scale, mean, inverse)
 
@@ -111,19 +105,14 @@ def _backward(num_groups, residuals, cotangents):
   grad_x = grad - _spread(grad_bias, x) - unit * _spread(grad_scale, x)
   grad_x = grad_x * _spread(inverse * scale[None], x)
   size = x.size // x.shape[-1] // num_groups
-  return (
-    grad_x.astype(x.dtype),
-    grad_scale.sum(0) * size,
-    grad_bias.sum(0) * size,
-  )
+  sums = (means.sum(0) * size for means in (grad_scale, grad_bias))
+  return grad_x.astype(x.dtype), *sums
 
 
 _batch_norm.defvjp(_forward, _backward)
 
 
-def _group_mean(
-  x: Float[Array, "b *hw c"], num_groups: int
-) -> Float[Array, "g c"]:
+def _group_mean(x: _X, num_groups: int) -> _Groups:
   """Means over the images and pixels of each group.
 
   Reduces every image to [c] first: only [b, c] sums ever cross devices,
@@ -133,31 +122,19 @@ def _group_mean(
   return x.reshape(num_groups, -1, x.shape[-1]).mean(1)
 
 
-def _spread(
-  values: Float[Array, "g c"], x: Float[Array, "b *hw c"]
-) -> Float[Array, "b *one c"]:
+def _spread(values: _Groups, x: _X) -> Float[Array, "b *one c"]:
   """The values of each group, once for each of its images."""
   values = jnp.repeat(values, x.shape[0] // values.shape[0], axis=0)
   return jnp.expand_dims(values, tuple(range(1, x.ndim - 1)))
 
 
-def _lift(values, x):
-  """One value for each channel, with as many axes as x."""
-  return jnp.expand_dims(values, tuple(range(x.ndim - 1)))
-
-
-def _invert(var: Float[Array, "*g c"]) -> Float[Array, "*g c"]:
-  return jax.lax.rsqrt(var + _EPSILON)
-
-
-def _affine(x, mean, factor, bias):
-  return ((widen(x) - mean) * factor + _lift(bias, x)).astype(x.dtype)
-
-
-def _update(running, values: Float[Array, "g c"], which: str) -> None:
-  new = values[0] if which == "first" else values.mean(0)
-  new = jax.lax.stop_gradient(new).astype(running.value.dtype)
-  running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
+def _affine(x, *values):
+  """(x - mean) * factor + bias; what has one axis has a value a channel."""
+  axes = tuple(range(x.ndim - 1))
+  mean, factor, bias = (
+    jnp.expand_dims(v, axes) if v.ndim == 1 else v for v in values
+  )
+  return ((widen(x) - mean) * factor + bias).astype(x.dtype)
 
 
 class InstanceNorm(nn.Module):
@@ -171,19 +148,14 @@ class InstanceNorm(nn.Module):
 class InstanceBatchNorm(nn.Module):
   """IBN-a: instance norm of half of the channels, batch norm of the others.
 
-  Its attributes are those of `GhostBatchNorm`.
-
   Source: Pan et al., ECCV 2018 (IBN-Net).
   """
 
-  group_size: int = 0
-  running: str = "first"
+  norm: Callable[..., nn.Module] = GhostBatchNorm
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], train: bool
-  ) -> Float[Array, "b h w c"]:
+  def __call__(self, x: _X, train: bool) -> _X:
     half = x.shape[-1] // 2
-    batch_norm = GhostBatchNorm(self.group_size, self.running, name="BN")
     first = InstanceNorm(name="IN")(x[..., :half])
-    return jnp.concatenate([first, batch_norm(x[..., half:], train)], -1)
+    rest = self.norm(name="BN")(x[..., half:], train)
+    return jnp.concatenate([first, rest], -1)

@@ -26,11 +26,8 @@ _HEAD = {
 def load(path: str | pathlib.Path, encoder: Encoder, variables: dict) -> dict:
   """The variables with the weights of a file in place; see `from_torch`.
 
-  Args:
-    path: a .safetensors file, or a state dict or {"state_dict": ...} that
-      torch.save wrote; reading that needs PyTorch.
-    encoder: the encoder that gets the weights.
-    variables: its params and batch_stats; they are not changed.
+  The file is a .safetensors, or a state dict or {"state_dict": ...} that
+  torch.save wrote; reading that needs PyTorch.
 
   Raises:
     UserError: there is no such file, it cannot be read, or its weights are for
@@ -54,12 +51,8 @@ def from_torch(
   The backbone knows its names, see `backbones.Backbone`. Heads have those of
   Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
   ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
-  state dict does not have; classifiers are ignored.
-
-  Args:
-    state: arrays by name, with PyTorch's order of axes.
-    encoder: the encoder that gets the weights.
-    variables: its params and batch_stats; they are not changed.
+  state dict does not have; classifiers are ignored. The arrays have PyTorch's
+  order of axes.
 
   Raises:
     UserError: a weight of the backbone is missing, or a shape differs.
@@ -86,20 +79,16 @@ def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
 
 def _replace(encoder, path, old, state):
   name = torch_name(encoder, path)
-  keys = [name]
-  if "{}" in name:
-    keys = [key for i in range(len(state)) if (key := name.format(i)) in state]
-  if not keys or keys[0] not in state:
+  names = dict.fromkeys(name.format(i) for i in range(len(state)))
+  arrays = [np.asarray(state[key]) for key in names if key in state]
+  if not arrays:
     if path[1] == "head":
       return old
-    raise UserError(
-      f"it has no weight {name}: choose the encoder.arch it is for"
-    )
-  arrays = [_to_channels_last(np.asarray(state[key])) for key in keys]
-  if "{}" not in name:
-    new = arrays[0]
-  else:
-    new = (np.concatenate if path[2] == "stripes_bn" else np.stack)(arrays)
+    raise UserError(f"it has no weight {name}: set encoder.arch to the file's")
+  # PyTorch has [out, in, h, w] and [out, in].
+  arrays = [x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for x in arrays]
+  # The weights of stripes have an axis for them; their norms are one norm.
+  new = (np.stack if path[2] == "stripes" else np.concatenate)(arrays)
   if new.shape != old.shape:
     raise UserError(
       f"its {name} makes an array of {new.shape}, the encoder's is "
@@ -108,18 +97,11 @@ def _replace(encoder, path, old, state):
   return jnp.asarray(new, old.dtype)
 
 
-def _to_channels_last(array: np.ndarray) -> np.ndarray:
-  """[out, in, h, w] to [h, w, in, out], [out, in] to [in, out]."""
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise UserError(
-      f"not a safetensors file ({error}): copy it again"
-    ) from error
+  except safetensors.SafetensorError as bad:
+    raise UserError(f"not a safetensors file ({bad}): copy it again") from None
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -13,9 +13,5 @@ from unreid_jax.pseudo_labels.jaccard import (
 from unreid_jax.pseudo_labels.neighbors import neighbors
 
 __all__ = [
-  "dbscan",
-  "infomap",
-  "jaccard_distance",
-  "jaccard_from_neighbors",
-  "neighbors",
-]
+  "dbscan", "infomap", "jaccard_distance", "jaccard_from_neighbors", "neighbors"
+]  # fmt: skip

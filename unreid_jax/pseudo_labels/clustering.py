@@ -12,34 +12,25 @@ from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from unreid_jax import values
-from unreid_jax.pseudo_labels.dbscan import dbscan
+from unreid_jax.pseudo_labels import dbscan, jaccard_from_neighbors, neighbors
 from unreid_jax.pseudo_labels.infomap import (
   check_installed,
   infomap_from_neighbors,
 )
-from unreid_jax.pseudo_labels.jaccard import (
-  TooManyPairsError,
-  jaccard_from_neighbors,
-)
-from unreid_jax.pseudo_labels.neighbors import neighbors
+from unreid_jax.pseudo_labels.jaccard import TooManyPairsError
 
 _EPS_STEP = 0.05
+_Labels = Int[np.ndarray, " n"]  # of all images; -1 = outlier
+_Features = Float[np.ndarray, "n d"]
 
 
 class Clusters(NamedTuple):
-  """Pseudo labels of all images, and how they came about.
+  """Pseudo labels of all images, and how they came about."""
 
-  Attributes:
-    labels: for each gap the label of each image; -1 = outlier.
-    eps: the eps that was used, to which the gaps are added.
-    seconds: how long each part took.
-    notes: what a user should know, a line each.
-  """
-
-  labels: tuple[Int[np.ndarray, " n"], ...]
-  eps: float
-  seconds: dict[str, float]
-  notes: tuple[str, ...]
+  labels: tuple[_Labels, ...]  # at each gap
+  eps: float  # that was used, to which the gaps are added
+  seconds: dict[str, float]  # that each part took
+  notes: tuple[str, ...]  # lines that a user should read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +47,10 @@ class Clustering(values.Checked):
       similarity of neighbours for InfoMap.
     min_samples: how many neighbours make a core point of DBSCAN, itself
       included; the size of the smallest cluster that InfoMap keeps.
-    center_cameras: whether each camera's mean feature is subtracted before
-      clustering. It is ours, not the papers': from random weights most of what
-      a feature shows is its camera.
+    center_cameras: whether each camera's mean feature is subtracted first. It
+      is ours: from random weights most of what a feature shows is its camera.
     instance_epochs: how many epochs at the start have every image as a cluster
-      of its own. It is ours too, for random weights, whose clusters are worth
-      nothing.
+      of its own. It is ours too: those of random weights are worth nothing.
   """
 
   clustering: Literal["dbscan", "infomap"] = "dbscan"
@@ -80,26 +69,21 @@ class Clustering(values.Checked):
 
 def cluster(
   hp: Clustering,
-  features: Float[np.ndarray, "n d"],
+  features: _Features,
   camids: Int[np.ndarray, " n"],
   gaps: tuple[float, ...] = (0.0,),
   outliers_are_classes: bool = False,
 ) -> Clusters:
-  """Clusters all images, at one eps or at several around it.
+  """Clusters all images by their unit features, at one eps or several.
 
   With less than two clusters there is nothing to contrast. Then eps is moved in
   steps of .05 until there are two or more: to tighter ones if one cluster holds
-  half of the images, else to looser ones. If none does it, the labels hold
+  half of the images, else to looser ones, which are not needed if outliers are
+  contrasted too (`outliers_are_classes`). If none does it, the labels hold
   fewer than two clusters.
 
-  Args:
-    hp: how to cluster.
-    features: unit features of the images.
-    camids: the cameras of the images.
-    gaps: how much looser than eps each labelling is: DBSCAN's eps grows by the
-      gap, InfoMap's falls. The first is 0, and its clusters are counted.
-    outliers_are_classes: whether outliers are contrasted too. Then eps only
-      moves if one cluster holds half of the images.
+  Each of the `gaps` says how much looser than eps a labelling is: DBSCAN's eps
+  grows by it, InfoMap's falls. The first is 0, and its clusters are counted.
   """
   if hp.center_cameras:
     features = center_by_camera(features, camids)
@@ -167,8 +151,8 @@ def _is_useless(labels, outliers_are_classes):
 
 
 def center_by_camera(
-  features: Float[np.ndarray, "n d"], camids: Int[np.ndarray, " n"]
-) -> Float[np.ndarray, "n d"]:
+  features: _Features, camids: Int[np.ndarray, " n"]
+) -> _Features:
   """Subtracts each camera's mean, and scales to unit length again."""
   centered = np.array(features)
   for camera in np.unique(camids):
@@ -177,18 +161,8 @@ def center_by_camera(
   return centered / np.maximum(norms, 1e-12)
 
 
-def keep_largest(
-  labels: Int[np.ndarray, " n"], most: int
-) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
-  """Keeps the largest clusters, and makes outliers of the images of the rest.
-
-  Args:
-    labels: the label of each image; -1 = outlier.
-    most: how many clusters are kept at most.
-
-  Returns:
-    The labels, and a note if there were more clusters.
-  """
+def keep_largest(labels: _Labels, most: int) -> tuple[_Labels, tuple[str, ...]]:
+  """Makes outliers of all but the `most` largest clusters, and a note of it."""
   sizes = np.bincount(labels[labels >= 0])
   if len(sizes) <= most:
     return labels, ()
@@ -200,18 +174,13 @@ def keep_largest(
 
 
 def describe(
-  labels: Int[np.ndarray, " n"], pids: Int[np.ndarray, " n"] | None = None
+  labels: _Labels, pids: Int[np.ndarray, " n"] | None = None
 ) -> dict[str, float | int]:
   """How many clusters of which sizes there are, and how true they are.
 
-  Args:
-    labels: pseudo labels; -1 = outlier. A cluster of one image counts as one.
-    pids: the true identities, if they are known.
-
-  Returns:
-    The numbers of clusters and outliers, and quantiles of the cluster sizes.
-    With pids also NMI, ARI, and precision and recall of the pairs of images
-    that share a label; for these each outlier is a cluster of its own.
+  It has counts (an image alone is an outlier), and quantiles of the cluster
+  sizes; with the true identities also NMI, ARI, and precision and recall of the
+  pairs that share a label, for which each outlier is a cluster of its own.
   """
   sizes = np.bincount(labels[labels >= 0])
   labels = np.where(np.isin(labels, np.flatnonzero(sizes == 1)), -1, labels)

@@ -25,8 +25,8 @@ def dbscan(
   """
   if issparse(distances):
     distances = csr_array(distances)
-  if issparse(distances) and distances.data.max(initial=0) > eps:
-    distances = _prune(distances, eps)
+    if distances.data.max(initial=0) > eps:
+      distances = _prune(distances, eps)
   model = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed")
   return model.fit_predict(distances).astype(np.int32)
 
@@ -35,6 +35,5 @@ def _prune(distances, eps):
   """A copy without the entries above eps, before scikit-learn copies more."""
   keep = distances.data <= eps
   indptr = np.append(0, np.cumsum(keep))[distances.indptr].astype(np.int32)
-  return csr_array(
-    (distances.data[keep], distances.indices[keep], indptr), distances.shape
-  )
+  kept = distances.data[keep], distances.indices[keep], indptr
+  return csr_array(kept, distances.shape)

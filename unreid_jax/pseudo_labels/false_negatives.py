@@ -7,15 +7,12 @@ from jaxtyping import Int
 def merged_into(
   labels: Int[np.ndarray, " n"], loose: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " k"]:
-  """Finds the looser cluster that holds most images of each class.
+  """Finds the looser cluster (-1 is one too) of most images of each class.
 
-  Args:
-    labels: the class of each image, from 0 on; none is without an image.
-    loose: the looser cluster of each image; -1 counts as one of them.
+  The classes are numbered from 0, and none is without an image.
   """
-  pairs, counts = np.unique(
-    np.stack([labels, loose]), axis=1, return_counts=True
-  )
+  both = np.stack([labels, loose])
+  pairs, counts = np.unique(both, axis=1, return_counts=True)
   out = np.empty(labels.max() + 1, np.int32)
   order = np.argsort(counts, kind="stable")
   out[pairs[0, order]] = pairs[1, order]  # the last write stays
@@ -31,19 +28,13 @@ def report(
 
   All images are anchors; the proxy of another class is false if most of its
   images are of the anchor's identity, and masked if both classes have the same
-  looser cluster. It is for diagnosis only.
-
-  Args:
-    labels: the class of each image.
-    loose: the looser cluster of each class; -1: none.
-    pids: the true identities; None or negative ones: unknown.
+  looser cluster (-1: none). It is for diagnosis only.
 
   Returns:
-    These shares by their names; without those of nothing, and none at all if
-    the identities are unknown.
-    false_negatives: the share of false negatives in all, the true tau_plus.
-    mask_precision: the share of false ones in the masked proxies.
-    mask_missed: the share of the false ones that are not masked.
+    The shares that are not of nothing, and none if the identities are unknown
+    (None, or a negative one): false_negatives, of the false negatives in all,
+    which is the true tau_plus; mask_precision, of the false ones in the masked
+    proxies; mask_missed, of the false ones that are not masked.
   """
   if pids is None or (pids < 0).any():
     return {}

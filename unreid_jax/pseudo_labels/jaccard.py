@@ -5,7 +5,7 @@ of them. So V is kept as rows and as columns, and every image only meets the
 images that share a column with it.
 """
 
-from typing import no_type_check
+from typing import no_type_check  # numba compiles no checked function
 
 import numba
 import numpy as np
@@ -66,18 +66,15 @@ def jaccard_from_neighbors(
   max_distance: float | None = None,
 ) -> csr_array:
   """As `jaccard_distance`, from the result of the search for k1 neighbours."""
-  if max_distance is None:
-    limit = np.nextafter(np.float32(1), np.float32(0))
-  elif 0 <= max_distance < 1:
+  limit = np.nextafter(np.float32(1), np.float32(0))
+  if max_distance is not None:
+    if not 0 <= max_distance < 1:
+      problem = f"max_distance is {max_distance}"
+      raise UserError(f"{problem}: set it to 0 or more, below 1")
     limit = np.float32(max_distance)
-  else:
-    raise UserError(
-      f"max_distance is {max_distance}: set it to 0 or more, below 1"
-    )
   half = round(indices.shape[1] / 2) + 1
   squared = reciprocal_distances(features, distances, indices, half)
-  encoding = encode(squared, indices, k2)
-  return _distances(encoding, limit)
+  return _distances(*by_column(encode(squared, indices, k2)), limit)
 
 
 def by_column(encoding: csr_array) -> tuple[tuple[np.ndarray, ...], ...]:
@@ -89,31 +86,25 @@ def by_column(encoding: csr_array) -> tuple[tuple[np.ndarray, ...], ...]:
   return rows, (columns.indptr, indices, columns.data)
 
 
-def _distances(encoding, limit):
-  n = encoding.shape[0]
-  threads = numba.get_num_threads()
-  rows_columns = by_column(encoding)
+def _distances(rows, columns, limit):
+  threads, n = numba.get_num_threads(), len(rows[0]) - 1
   # Only pairs with i <= j are compared: `before` counts the others of a row.
   before, counts = np.zeros((threads, n), np.int64), np.zeros(n, np.int64)
   none = np.empty(0, np.int32), np.empty(0, np.float32)
-  _compare(*rows_columns, limit, before, counts, *none)
+  _compare(rows, columns, limit, before, counts, *none)
   before = before.sum(axis=0)
   indptr = np.append(0, np.cumsum(before + counts))
-  total = indptr[-1]
-  if total > _MAX_ENTRIES:
+  if (total := indptr[-1]) > _MAX_ENTRIES:
     raise TooManyPairsError(
       f"{total} pairs of {n} images are at a distance of at most {limit:.3g}: "
       "the features are nearly all alike, or max_distance should be smaller"
     )
   out = np.empty(total, np.int32), np.empty(total, np.float32)
   starts = indptr[:-1] + before
-  _compare(*rows_columns, limit, np.zeros((threads, n), int), starts, *out)
+  _compare(rows, columns, limit, np.zeros((threads, n), int), starts, *out)
   _mirror(indptr, starts, *out)
   # scipy would copy the columns to int64 if the pointers were.
   return csr_array((out[1], out[0], indptr.astype(np.int32)), (n, n))
-
-
-# `no_type_check` keeps the tests' annotation checker out of compiled code.
 
 
 @no_type_check

@@ -1,6 +1,6 @@
 """k-reciprocal neighbourhoods, and the sparse encoding V of images by them."""
 
-from typing import no_type_check
+from typing import no_type_check  # numba compiles no checked function
 
 import numba
 import numpy as np
@@ -18,23 +18,20 @@ def reciprocal_distances(
 ) -> csr_array:
   """Squared distances of each image to its expanded k-reciprocal set.
 
-  Args:
-    features: the features of the images.
-    distances: the squared distances of each image to its nearest ones.
-    indices: the nearest images of each, itself included.
-    half: how many of them make the smaller sets that expand another set.
+  The distances and indices are `neighbors`'; `half` of the neighbours make the
+  smaller sets that expand another set.
   """
   n, k = indices.shape
   half = min(half, k)
   features = np.ascontiguousarray(features, np.float32)
-  threads = numba.get_num_threads()
   lists = np.ascontiguousarray(indices, np.int32), _positions(indices)
-  counts = np.zeros(n, np.int64)
-  _count_sets(threads, *lists, half, counts)
+  given = numba.get_num_threads(), lists, half, features, distances
+  counts, none = np.zeros(n, np.int32), np.empty(0, np.int32)
+  _write_sets(*given, counts, none, np.empty(0, np.float32))
   indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
   columns = np.empty(indptr[-1], np.int32)
   data = np.empty(indptr[-1], np.float32)
-  _fill_sets(threads, *lists, half, features, distances, indptr, columns, data)
+  _write_sets(*given, indptr, columns, data)
   return csr_array((data, columns, indptr), (n, n))
 
 
@@ -44,9 +41,8 @@ def encode(
   """Makes V: the softmax of each row of -exponents, averaged over k2 rows."""
   if k2 < 1:
     raise UserError(f"k2 is {k2}: set it to 1 (no average) or more")
-  n = len(indices)
-  lists = exponents.indices, exponents.indptr
-  values = csr_array((np.exp(-exponents.data), *lists), (n, n))
+  lists, shape = (exponents.indices, exponents.indptr), exponents.shape
+  values = csr_array((np.exp(-exponents.data), *lists), shape)
   values.data /= np.repeat(values.sum(axis=1), np.diff(values.indptr))
   nearest = np.asarray(indices[:, :k2], np.int32)
   num = nearest.shape[1]
@@ -54,14 +50,10 @@ def encode(
     return values
   indptr = np.arange(0, nearest.size + 1, num, np.int32)
   ones = np.ones(nearest.size, np.float32)
-  picks = csr_array((ones, nearest.ravel(), indptr), (n, n))
-  mean = picks @ values
+  mean = csr_array((ones, nearest.ravel(), indptr), shape) @ values
   mean.data /= np.float32(num)
   mean.sort_indices()
   return mean
-
-
-# `no_type_check` keeps the tests' annotation checker out of compiled code.
 
 
 @no_type_check
@@ -82,38 +74,34 @@ def _positions(indices):
 
 @no_type_check
 @numba.njit(parallel=True, cache=True)
-def _count_sets(threads, indices, positions, half, counts):
-  n, k = indices.shape
-  for t in numba.prange(threads):
-    place = np.full(n, -1, np.int16)
-    chosen = np.zeros(n, np.bool_)
-    members = np.empty(k + k * half, np.int32)
-    for i in range(t, n, threads):
-      counts[i] = _expand(i, indices, positions, half, place, chosen, members)
-
-
-@no_type_check
-@numba.njit(parallel=True, cache=True)
-def _fill_sets(
-  threads, indices, positions, half, features, distances, indptr, columns, data
+def _write_sets(
+  threads, lists, half, features, distances, starts, columns, data
 ):
+  """Writes each row's set, and the distances to it, to starts[i] and after.
+
+  If there is no room for any, it writes the size of the set to starts[i].
+  """
+  indices, positions = lists
   n, k = indices.shape
   for t in numba.prange(threads):
     place = np.full(n, -1, np.int16)
     chosen = np.zeros(n, np.bool_)
-    members = np.empty(k + k * half, np.int32)
+    found = np.empty(k + k * half, np.int32)
     for i in range(t, n, threads):
-      count = _expand(i, indices, positions, half, place, chosen, members)
-      start = indptr[i]
-      columns[start : start + count] = np.sort(members[:count])
       for c in range(k):
         place[indices[i, c]] = c
-      for e in range(start, start + count):
-        p = place[columns[e]]
-        if p >= 0:
-          data[e] = distances[i, p]
-        else:
-          data[e] = _squared_distance(features[i], features[columns[e]])
+      count = _expand(i, indices, positions, half, place, chosen, found)
+      if len(columns) == 0:
+        starts[i] = count
+      else:
+        start = starts[i]
+        columns[start : start + count] = np.sort(found[:count])
+        for e in range(start, start + count):
+          p = place[columns[e]]
+          if p >= 0:
+            data[e] = distances[i, p]
+          else:
+            data[e] = _squared_distance(features[i], features[columns[e]])
       for c in range(k):
         place[indices[i, c]] = -1
 
@@ -123,20 +111,16 @@ def _fill_sets(
 def _expand(i, indices, positions, half, place, chosen, members):
   """Writes the expanded k-reciprocal set of row i, and returns its size.
 
-  `place` is -1 and `chosen` False everywhere, before and after.
+  `place` says where an image stands in the row's list (-1: nowhere); `chosen`
+  is False everywhere, before and after.
   """
-  k = indices.shape[1]
-  count = 0
+  k, count = indices.shape[1], 0
   for c in range(k):
-    place[indices[i, c]] = c
     if positions[i, c] < k:
       members[count] = indices[i, c]
       chosen[indices[i, c]] = True
       count += 1
-  for c in range(k):
-    if positions[i, c] == k:
-      continue
-    candidate = indices[i, c]
+  for candidate in members[:count]:
     size, shared = 0, 0
     for h in range(half):
       if positions[candidate, h] < half:
@@ -151,8 +135,6 @@ def _expand(i, indices, positions, half, place, chosen, members):
         chosen[member] = True
         members[count] = member
         count += 1
-  for c in range(k):
-    place[indices[i, c]] = -1
   for e in range(count):
     chosen[members[e]] = False
   return count

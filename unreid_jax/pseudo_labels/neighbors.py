@@ -1,6 +1,5 @@
 """The nearest neighbours of every image among all, by brute force on device."""
 
-import contextlib
 import functools
 
 import jax
@@ -11,11 +10,12 @@ from jaxtyping import Float, Int
 from unreid_jax import UserError, memory, sharding
 
 _BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
+_Distances, _Rows = Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]
 
 
 def neighbors(
   features: Float[np.ndarray, "..."], k: int
-) -> tuple[Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]]:
+) -> tuple[_Distances, _Rows]:
   """Finds the k nearest rows of each row, itself included.
 
   The search is exact and holds no [n, n] matrix: it compares a block of rows at
@@ -40,9 +40,7 @@ def neighbors(
 
 def search(
   features: Float[np.ndarray, "..."], k: int
-) -> tuple[
-  Float[np.ndarray, "n m"], Int[np.ndarray, "n m"], Float[np.ndarray, " n"]
-]:
+) -> tuple[_Distances, _Rows, Float[np.ndarray, " n"]]:
   """As `neighbors`, and the largest squared distance from each row."""
   if k < 1:
     raise UserError(f"k is {k}: ask for 1 neighbour or more")
@@ -56,11 +54,13 @@ def search(
       "the features contain NaN or infinity: check the images and the model"
     )
   n = len(features)
-  with _mesh() as mesh:
+  mesh = jax.sharding.get_mesh()
+  mesh = sharding.make_mesh() if mesh.empty else mesh
+  with jax.set_mesh(mesh):
     share = mesh.size * memory.ROW_MULTIPLE
     capacity = -(-n // share) * share
-    rows = np.arange(capacity)
-    bank = sharding.put_rows(mesh, features, np.minimum(rows, n - 1))
+    rows = np.minimum(np.arange(capacity), n - 1)
+    bank = sharding.put_rows(mesh, features, rows)
     # A power of two, so that few shapes are compiled.
     size = 2 ** min(_BLOCK_ELEMENTS // capacity, 1024).bit_length() // 2 or 1
     parts = []
@@ -69,14 +69,6 @@ def search(
       found = _search_block(bank, features[block], block, n, min(k, n))
       parts.append(jax.device_get(found))
   return tuple(np.concatenate(x)[:n] for x in zip(*parts, strict=True))
-
-
-@contextlib.contextmanager
-def _mesh():
-  mesh = jax.sharding.get_mesh()
-  mesh = sharding.make_mesh() if mesh.empty else mesh
-  with jax.set_mesh(mesh):
-    yield mesh
 
 
 @functools.partial(jax.jit, static_argnames=("n", "k"))

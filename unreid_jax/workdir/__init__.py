@@ -5,13 +5,10 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 from ml_collections import ConfigDict
-
-from unreid_jax import UserError
-from unreid_jax.config import differences
 
 
 class Workdir:
@@ -43,20 +40,11 @@ class Workdir:
     steps = [int(x.name) for x in found if x.name.isdigit()]
     return self.checkpoints(which) / str(max(steps)) if steps else None
 
-  def check(self, config: ConfigDict) -> None:
-    """Refuses a config that the run in this folder was not begun with.
-
-    Raises:
-      UserError: the settings differ in more than where the run happens.
-    """
+  def stored_config(self) -> dict[str, Any] | None:
+    """The config of the run in this folder; None before its first save."""
     if not self._config.exists() or not self.newest("last"):
-      return
-    old, new = json.loads(self._config.read_text()), config.to_dict()
-    for key, before, now in differences(old, new):
-      raise UserError(
-        f"{self.path} holds a run with {key}={before!r}, but this one has "
-        f"{now!r}: choose another --workdir"
-      )
+      return None
+    return json.loads(self._config.read_text())
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""

@@ -47,22 +47,12 @@ class Checkpoints:
     """The step of the "last" or the "best" checkpoint, None without one."""
     return self._managers[which].latest_step()
 
-  def save(
-    self, which: str, step: int, card: dict, encoder: PyTree, training: PyTree
-  ) -> None:
-    """Saves a checkpoint in the place of an earlier one.
-
-    Args:
-      which: "last" or "best".
-      step: how many steps are done.
-      card: what builds the encoder; see `encode.make_card`.
-      encoder: arrays of the encoder.
-      training: arrays of all else.
-    """
+  def save(self, which: str, step: int, card: dict, state: Any) -> None:
+    """Saves a `TrainState` in the place of the earlier "last" or "best" one."""
     args = ocp.args.Composite(
       card=ocp.args.JsonSave(card),
-      encoder=ocp.args.StandardSave(encoder),
-      training=ocp.args.StandardSave(training),
+      encoder=ocp.args.StandardSave(state.variables),
+      training=ocp.args.StandardSave(state.training),
     )
     self._managers[which].save(step, args=args, force=True)
 
@@ -72,21 +62,15 @@ class Checkpoints:
       if step > after:
         self._managers[which].delete(step)
 
-  def restore(self, which: str, encoder: PyTree, training: PyTree) -> Any:
-    """The two parts of a checkpoint.
-
-    Args:
-      which: "last" or "best".
-      encoder: arrays with the shapes and shardings that are to be restored.
-      training: the same for the other part.
-    """
+  def restore(self, which: str, like: Any) -> Any:
+    """The `TrainState`, with the shapes and shardings of another one."""
     _check_version(self._workdir.newest(which))
     args = ocp.args.Composite(
-      encoder=ocp.args.StandardRestore(_abstract(encoder)),
-      training=ocp.args.StandardRestore(_abstract(training)),
+      encoder=ocp.args.StandardRestore(_abstract(like.variables)),
+      training=ocp.args.StandardRestore(_abstract(like.training)),
     )
     found = self._managers[which].restore(self.step(which), args=args)
-    return found["encoder"], found["training"]
+    return like.replace(**found["encoder"], **found["training"])
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:

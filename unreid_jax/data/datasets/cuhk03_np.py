@@ -16,6 +16,5 @@ class CUHK03NP(layout.Builder):
   def find(self, root: str, version: str) -> dict[str, list[File]]:
     """Takes the root as it is if no folder in it is named after a version."""
     folders = [f"cuhk03-np/{version}", version, "cuhk03-np"]
-    return layout.market_files(
-      layout.locate(root, folders, "bounding_box_train")
-    )
+    folder = layout.locate(root, folders, "bounding_box_train")
+    return layout.market_files(folder)

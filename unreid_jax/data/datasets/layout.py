@@ -12,29 +12,28 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from unreid_jax import UserError, progress
-from unreid_jax.data.images import File, fingerprint, is_image
+from unreid_jax.data.images import Dataset, File, fingerprint, is_image
 
 Folder = pathlib.Path | zipfile.Path
 
-_NAME = re.compile(r"(-?\d+)_c(\d+)")
+_SET_ROOT = (
+  "set dataset.root to the unpacked set, the folder that holds it, or its zip"
+)
 _log = logging.getLogger(__name__)
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
   """A set in Market-1501 layout; each subclass says where it differs.
 
-  Attributes:
-    FOLDER: the path of the set inside a root that holds it.
-    SIZES: how many images train, query and gallery have as published, for each
-      version; the first version is the default.
-    NOTE: a warning to everyone who uses the set, logged each time.
-    files: the images of each split, sorted by name.
+  Its `files` are the images of each split, sorted by name. `SIZES` are the
+  published numbers of train, query and gallery images, for each version; the
+  first version is the default.
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  FOLDER = ""
+  FOLDER = ""  # the path of the set inside a root that holds it
   SIZES: dict[str, tuple[int, int, int]] = {}  # noqa: RUF012
-  NOTE = ""
+  NOTE = ""  # a warning to everyone who uses the set, logged each time
   code_path = None  # TFDS would look beside it for checksums and citations
 
   def __init__(
@@ -42,11 +41,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   ):
     """Finds and lists the files; they are not read yet.
 
-    Args:
-      root: the unpacked set, the folder that holds it or its zip, or the zip.
-      data_dir: where prepared sets are kept, one folder for each state of the
-        source.
-      version: a key of `SIZES`.
+    The `root` is the unpacked set, the folder that holds it or its zip, or the
+    zip; the version a key of `SIZES`. Prepared sets are kept in data_dir, one
+    folder for each state of the source.
 
     Raises:
       UserError: the set or its images are missing, a file's name does not say
@@ -61,22 +58,26 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     self.files = self.find(root, version)
     if self.NOTE:
       _log.warning("%s: %s", self.name, self.NOTE)
-    self._compare_sizes(version)
+    splits = zip(self.files.items(), self.SIZES[version], strict=True)
+    for (split, files), published in splits:
+      if len(files) != published:
+        _log.warning(
+          "%s: %d %s images, but the published set has %d: is it complete? "
+          "Scores will not compare with published ones",
+          self.name, len(files), split, published,
+        )  # fmt: skip
     state = fingerprint([f for files in self.files.values() for f in files])
-    super().__init__(
-      data_dir=pathlib.Path(data_dir, state), file_format="array_record"
-    )
+    folder = pathlib.Path(data_dir, state)
+    super().__init__(data_dir=folder, file_format="array_record")
 
   def find(self, root: str, version: str) -> dict[str, list[File]]:
-    """The files of each split; `version` is a key of `SIZES`."""
-    del version
+    """The files of each split; `version`, a key of `SIZES`, may play a part."""
     return market_files(locate(root, [self.FOLDER], "bounding_box_train"))
 
   def open_reader(self, split: str) -> Callable[[int], bytes]:
-    """Prepares the set if need be.
+    """A function from a position in a split to that image, encoded.
 
-    Returns:
-      a function from a position in the split to that image, encoded.
+    Prepares the set if need be.
     """
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(
@@ -87,28 +88,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     source = self.as_data_source(split, decoders=encoded)
     return lambda i: source[i]["image"]
 
-  def _say_nothing(self) -> None:
-    """Replaces TFDS's lines about a download: there is none."""
-
-  _log_download_bytes = _log_download_done = _say_nothing
-
-  def _compare_sizes(self, version: str) -> None:
-    splits = zip(self.files.items(), self.SIZES[version], strict=True)
-    for (split, files), published in splits:
-      if len(files) != published:
-        _log.warning(
-          "%s: %d %s images, but the published set has %d: is it complete? "
-          "Scores will not compare with published ones",
-          self.name, len(files), split, published,
-        )  # fmt: skip
+  # There is no download for TFDS to speak of.
+  _log_download_bytes = _log_download_done = lambda self: None
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = {
-      "image": tfds.features.Image(),
-      "name": tfds.features.Text(),
-      "pid": np.int32,
-      "camid": np.int32,
-    }
+    features = {"image": tfds.features.Image(), "name": tfds.features.Text()}
+    features |= {"pid": np.int32, "camid": np.int32}
     return tfds.core.DatasetInfo(
       builder=self,
       description=type(self).__doc__,
@@ -121,21 +106,17 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(split) for split in self.files}
 
   def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
-    files = self.files[split]
-    for file in progress.track(files, f"read {split}"):
-      values = file._asdict() | {"image": io.BytesIO(file.path.read_bytes())}
-      del values["path"]
-      yield file.name, values
+    for file in progress.track(self.files[split], f"read {split}"):
+      image = io.BytesIO(file.path.read_bytes())
+      ids = {"name": file.name, "pid": file.pid, "camid": file.camid}
+      yield file.name, ids | {"image": image}
 
 
 def market_files(folder: Folder) -> dict[str, list[File]]:
   """The files of each split in Market-1501 layout, without junk (pid -1)."""
-  parts = {
-    "train": "bounding_box_train",
-    "query": "query",
-    "gallery": "bounding_box_test",
-  }
-  return {split: _images(folder / name) for split, name in parts.items()}
+  names = ("bounding_box_train", "query", "bounding_box_test")
+  parts = zip(Dataset._fields, names, strict=True)
+  return {split: _images(folder / name) for split, name in parts}
 
 
 def _images(folder: Folder) -> list[File]:
@@ -149,7 +130,7 @@ def _images(folder: Folder) -> list[File]:
 
 def parse(path: Folder) -> File:
   """Reads identity and camera off a name like 0002_c1s1_000451_03.jpg."""
-  parsed = _NAME.match(path.name)
+  parsed = re.match(r"(-?\d+)_c(\d+)", path.name)
   if not parsed:
     raise UserError(
       f"{path} is not named PERSON_cCAMERA..., as 0002_c1s1_000451_03.jpg is: "
@@ -164,7 +145,7 @@ def locate(root: str, folders: Sequence[str], *markers: str) -> Folder:
   Args:
     root: a folder, in which zips are searched too, or a zip.
     folders: where the set may lie in the root, best first; then comes the root.
-    markers: folders of which the set must hold one, best first.
+    *markers: folders of which the set must hold one, best first.
 
   Raises:
     UserError: there is no such root, or it does not hold the set.
@@ -174,24 +155,19 @@ def locate(root: str, folders: Sequence[str], *markers: str) -> Folder:
       for found in (*(place / folder for folder in folders), place):
         if (found / marker).is_dir():
           return found
-  raise UserError(
-    f"{root} holds no {folders[0]}/{' or '.join(markers)}: set dataset.root to "
-    f"the unpacked set, the folder that holds it, or its zip"
-  )
+  wanted = f"{folders[0]}/{' or '.join(markers)}"
+  raise UserError(f"{root} holds no {wanted}: {_SET_ROOT}")
 
 
 def _places(root: str) -> Iterator[Folder]:
   """The folder and the zips in it, or the one zip."""
   path = pathlib.Path(root).expanduser()
   if not root or not path.exists():
-    raise UserError(
-      f'dataset.root="{root}" does not exist: set it to the unpacked set, the '
-      "folder that holds it, or its zip"
-    )
-  if path.is_file():
-    if not zipfile.is_zipfile(path):
-      raise UserError(f"{path} is not a zip, or not a whole one: get it again")
+    raise UserError(f'dataset.root="{root}" does not exist: {_SET_ROOT}')
+  if path.is_dir():
+    yield path
+    yield from map(zipfile.Path, filter(zipfile.is_zipfile, path.glob("*.zip")))
+  elif zipfile.is_zipfile(path):
     yield zipfile.Path(path)
-    return
-  yield path
-  yield from map(zipfile.Path, filter(zipfile.is_zipfile, path.glob("*.zip")))
+  else:
+    raise UserError(f"{path} is not a zip, or not a whole one: get it again")

@@ -6,10 +6,8 @@ from unreid_jax import UserError
 from unreid_jax.data.datasets import layout
 from unreid_jax.data.images import File
 
-_FOLDERS = {  # of the train and the test images
-  "V1": ("train", "test"),
-  "V2": ("mask_train_v2", "mask_test_v2"),
-}
+# The folders of the train and the test images.
+_FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 
 
 class MSMT17(layout.Builder):
@@ -20,11 +18,7 @@ class MSMT17(layout.Builder):
   """
 
   name = "msmt17"
-  SIZES = {  # noqa: RUF012
-    "": (32_621, 11_659, 82_161),
-    "V1": (32_621, 11_659, 82_161),
-    "V2": (32_621, 11_659, 82_161),
-  }
+  SIZES = dict.fromkeys(("", "V1", "V2"), (32_621, 11_659, 82_161))
 
   def find(self, root: str, version: str) -> dict[str, list[File]]:
     """Without a version, takes V1 where it finds both."""
@@ -50,10 +44,7 @@ class MSMT17(layout.Builder):
 
 
 def _listed(folder, images, *lists: str) -> list[File]:
-  """Reads lines like "0000/0000_000_01_0303morning_0008_0.jpg 0".
-
-  That is camera 1 and pid 0.
-  """
+  """Reads lines like "0000/0000_000_01_0303_8_0.jpg 0": camera 1 and pid 0."""
   files = []
   for name in lists:
     if not (folder / name).is_file():

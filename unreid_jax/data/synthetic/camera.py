@@ -1,4 +1,4 @@
-"""Cameras of the synthetic set: each with a scene, an optic, a sensor."""
+"""Cameras of the synthetic set, each with a scene, an optic and a sensor."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from scipy import ndimage
+
+from unreid_jax.data.synthetic import pedestrian
 
 HEIGHT, WIDTH = 128, 64
 
@@ -99,9 +101,63 @@ def _scene(rng: np.random.Generator) -> Float[np.ndarray, "scene_h scene_w 3"]:
   return np.clip(scene + 0.3 * clouds + grain, 0, 1).astype(np.float32)
 
 
-def expose(
-  rng: np.random.Generator, canvas: Float[np.ndarray, "h w 3"], camera: Camera
+def shoot(
+  key: tuple[int, ...],
+  frame: int,
+  person: pedestrian.Person,
+  camera: Camera,
+  strangers: list[pedestrian.Person],
 ) -> UInt8[np.ndarray, "h w 3"]:
+  """One crop: scene, passers-by, the person, an occluder, the sensor."""
+  rng = make_rng(*key)  # one place and one way for all frames of a track
+  place = rng.uniform(0, 3 * WIDTH)
+  heading = camera.heading + rng.uniform(-1.2, 1.2)
+  rng = make_rng(*key, frame)
+  x = int(np.clip(place + rng.uniform(-24, 24), 0, 3 * WIDTH))
+  y = int(rng.integers(32))
+  canvas = camera.scene[y : y + HEIGHT, x : x + WIDTH].copy()
+  height = HEIGHT * camera.scale * rng.uniform(0.93, 1.1)
+  foot_y = HEIGHT * (0.5 + 0.5 * camera.scale) + rng.uniform(-7, 7)
+
+  def walk(who, foot_x, turn, size):
+    pedestrian.draw(
+      canvas, who, foot=(foot_x, foot_y + 30 * (size - 1)),
+      height=height * size, heading=turn, pitch=camera.pitch,
+      phase=rng.uniform(0, 2 * np.pi), stride=rng.uniform(0.12, 0.5),
+      light=camera.light,
+    )  # fmt: skip
+
+  def stranger(size):
+    edge = rng.choice([-1, 1]) * rng.uniform(0.42, 0.6)
+    who = strangers[rng.integers(len(strangers))]
+    walk(who, WIDTH * (0.5 + edge), rng.uniform(0, 2 * np.pi), size)
+
+  if rng.random() < 0.15:
+    stranger(rng.uniform(0.7, 0.9))
+  turn = heading + rng.uniform(-0.7, 0.7)
+  walk(person, WIDTH / 2 + rng.uniform(-6, 6), turn, 1.0)
+  chance = rng.random()
+  if chance < 0.06:
+    stranger(rng.uniform(1.05, 1.2))
+  elif chance < 0.2:
+    _occlude(rng, canvas)
+  return _expose(rng, canvas, camera)
+
+
+def _occlude(rng: np.random.Generator, canvas) -> None:
+  """A post, the edge of a car, or a bin in front of the person."""
+  colour, x = pick_colour(rng, TOPS), rng.uniform(0, WIDTH)
+  kind = rng.integers(3)
+  if kind == 0:
+    pedestrian.capsule(canvas, (x, -9), (x, HEIGHT + 9), 3.5, 4.5, colour * 0.7)
+  elif kind == 1:
+    left = x - WIDTH if x < WIDTH / 2 else x
+    pedestrian.capsule(canvas, (left, 112), (left + WIDTH, 112), 17, 17, colour)
+  else:
+    pedestrian.capsule(canvas, (x, 100), (x, 135), 12, 10, colour * 0.6)
+
+
+def _expose(rng: np.random.Generator, canvas, camera: Camera):
   """The canvas as the camera sees it: blur, gains, gamma, noise, 8 bits."""
   sigma = camera.blur * rng.uniform(0.8, 1.3)
   canvas = ndimage.gaussian_filter(canvas, (sigma, sigma, 0))

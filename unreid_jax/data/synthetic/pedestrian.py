@@ -45,52 +45,45 @@ def _limb(start, length, first, second):
   return mid, end
 
 
-def _body(person: Person, phase: float, stride: float) -> list[Part]:
+def _body(p: Person, phase: float, stride: float) -> list[Part]:
   """Parts of a walking person: x to the person's left, y down, z ahead."""
-  p, parts = person, []
+  parts, shirt = [], (p.top, p.band, p.pattern)
   for side in (-1, 1):
     swing = side * stride * np.sin(phase)
     hip = (side * 0.045 * p.build, 0.51, 0.0)
     bend = 0.9 * stride * max(0.0, side * np.sin(phase + 1.8))
     knee, ankle = _limb(hip, 0.215, swing, swing - bend)
+    heel = (ankle[0], ankle[1] + 0.025, ankle[2] - 0.01)
     toe = (ankle[0] + side * 0.01, ankle[1] + 0.025, ankle[2] + 0.075)
     shank = p.bottom if p.legs == "trousers" else p.skin
     thigh = p.skin if p.legs == "skirt" else p.bottom
     if p.legs == "skirt":  # hides the thigh
       hip = knee
     wide = p.build * (1.12 if p.legs == "shorts" else 1.0)
-    parts += [
-      Part(hip, knee, 0.058 * wide, 0.046 * wide, thigh),
-      Part(knee, ankle, 0.042 * p.build, 0.030 * p.build, shank),
-      Part((ankle[0], toe[1], ankle[2] - 0.01), toe, 0.028, 0.02, p.shoes),
-    ]
     shoulder = (side * 0.118 * p.build, 0.215, 0.0)
     swing = -0.8 * swing - 0.05
     elbow, hand = _limb(shoulder, 0.155, swing, swing + 0.35)
+    x, y, z = hand
     forearm = p.top if p.sleeves else p.skin
     parts += [
+      Part(hip, knee, 0.058 * wide, 0.046 * wide, thigh),
+      Part(knee, ankle, 0.042 * p.build, 0.030 * p.build, shank),
+      Part(heel, toe, 0.028, 0.02, p.shoes),
       Part(shoulder, elbow, 0.041 * p.build, 0.034, p.top),
       Part(elbow, hand, 0.032, 0.024, forearm),
-      Part(hand, (hand[0], hand[1] + 0.02, hand[2]), 0.024, 0.02, p.skin),
+      Part(hand, (x, y + 0.02, z), 0.024, 0.02, p.skin),
     ]
     if p.bag == "hand" and side == 1:
-      low = (hand[0], hand[1] + 0.13, hand[2])
-      parts.append(
-        Part((hand[0], hand[1] + 0.06, hand[2]), low, 0.05, 0.06, p.bag_colour)
-      )
-    torso = (side * 0.062 * p.build, 0.225, 0.0)
+      top, low = (x, y + 0.06, z), (x, y + 0.13, z)
+      parts.append(Part(top, low, 0.05, 0.06, p.bag_colour))
+    chest = (side * 0.062 * p.build, 0.225, 0.0)
     waist = (side * 0.042 * p.build, 0.50, 0.0)
-    parts.append(
-      Part(torso, waist, 0.06, 0.058 * p.build, p.top, p.band, p.pattern)
-    )
-  parts.append(
-    Part((0, 0.225, 0), (0, 0.5, 0), 0.065, 0.06, p.top, p.band, p.pattern)
-  )
-  return parts + _head(person) + _extras(person)
+    parts.append(Part(chest, waist, 0.06, 0.058 * p.build, *shirt))
+  parts.append(Part((0, 0.225, 0), (0, 0.5, 0), 0.065, 0.06, *shirt))
+  return parts + _head_and_extras(p)
 
 
-def _head(person: Person) -> list[Part]:
-  p = person
+def _head_and_extras(p: Person) -> list[Part]:
   parts = [
     Part((0, 0.15, -0.005), (0, 0.19, 0), 0.032, 0.034, p.skin),
     Part((0, 0.078, 0.016), (0, 0.112, 0.022), 0.048, 0.038, p.skin),
@@ -107,30 +100,20 @@ def _head(person: Person) -> list[Part]:
       Part((-0.022, 0.034, 0.02), (0.022, 0.034, 0.02), 0.046, 0.046, p.hat),
       Part((0, 0.05, 0.03), (0, 0.055, 0.085), 0.036, 0.03, p.hat),
     ]
-  return parts
-
-
-def _extras(person: Person) -> list[Part]:
-  p, parts = person, []
+  colour = p.bag_colour
   if p.legs == "skirt":
-    parts.append(
-      Part((0, 0.49, 0.01), (0, 0.655, 0.03), 0.085, 0.108, p.bottom)
-    )
+    parts += [Part((0, 0.49, 0.01), (0, 0.655, 0.03), 0.085, 0.108, p.bottom)]
   if p.bag == "backpack":
-    parts.append(
-      Part((0, 0.27, -0.1), (0, 0.40, -0.11), 0.085, 0.095, p.bag_colour)
-    )
-    for x in (-0.07, 0.07):
-      parts.append(
-        Part((x, 0.2, 0.08), (x, 0.36, 0.09), 0.013, 0.013, p.bag_colour)
-      )
+    parts += [
+      Part((0, 0.27, -0.1), (0, 0.40, -0.11), 0.085, 0.095, colour),
+      Part((-0.07, 0.2, 0.08), (-0.07, 0.36, 0.09), 0.013, 0.013, colour),
+      Part((0.07, 0.2, 0.08), (0.07, 0.36, 0.09), 0.013, 0.013, colour),
+    ]
   if p.bag == "shoulder":
     parts += [
-      Part((0.15, 0.46, -0.02), (0.15, 0.53, 0.02), 0.07, 0.075, p.bag_colour),
-      Part((-0.09, 0.2, 0.08), (0.13, 0.44, 0.09), 0.013, 0.013, p.bag_colour),
-      Part(
-        (-0.09, 0.2, -0.08), (0.13, 0.44, -0.09), 0.013, 0.013, p.bag_colour
-      ),
+      Part((0.15, 0.46, -0.02), (0.15, 0.53, 0.02), 0.07, 0.075, colour),
+      Part((-0.09, 0.2, 0.08), (0.13, 0.44, 0.09), 0.013, 0.013, colour),
+      Part((-0.09, 0.2, -0.08), (0.13, 0.44, -0.09), 0.013, 0.013, colour),
     ]
   return parts
 
@@ -147,20 +130,23 @@ def draw(
   stride: float,
   light: float,
 ) -> None:
-  """Paints a person onto a canvas in place.
+  """Paints a person onto a canvas, RGB in 0..1, in place.
 
   Args:
-    canvas: the image so far, RGB in 0..1.
+    canvas: the image so far.
     person: who is painted.
     foot: x and y of the place where the person stands, in pixels.
-    height: the height of the person, in pixels.
+    height: of the person, in pixels.
     heading: where the person walks, in radians; 0: to the camera, pi: away.
     pitch: by how much the camera looks down, in radians.
     phase: how far the person is in the walking cycle, in radians.
     stride: the greatest angle of the legs, in radians.
     light: where the light comes from, -1 (the left) to 1 (the right).
   """
-  _shadow(canvas, foot, height)
+  rows, columns = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
+  away = ((columns - foot[0]) / (0.2 * height)) ** 2
+  away = away + ((rows - foot[1]) / (0.045 * height)) ** 2
+  canvas *= (1 - 0.45 * np.exp(-away)).astype(np.float32)[..., None]  # a shadow
   cos, sin = np.cos(heading), np.sin(heading)
 
   def project(point):
@@ -180,13 +166,6 @@ def draw(
       canvas, a, b, part.radius_a * height, part.radius_b * height,
       part.colour, part.band, part.pattern, light,
     )  # fmt: skip
-
-
-def _shadow(canvas, foot, height) -> None:
-  rows, columns = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
-  away = ((columns - foot[0]) / (0.2 * height)) ** 2
-  away = away + ((rows - foot[1]) / (0.045 * height)) ** 2
-  canvas *= (1 - 0.45 * np.exp(-away)).astype(np.float32)[..., None]
 
 
 def capsule(

@@ -40,11 +40,12 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
-from unreid_jax import UserError, memory, methods, optim, sharding
+from unreid_jax import memory, methods, optim, sharding
 from unreid_jax.methods import Batch, Labels, Method, Proxies
 from unreid_jax.methods.hngn import negatives
 from unreid_jax.methods.hngn.generator import Generator, interpolate
 from unreid_jax.values import (
+  BadValue,
   BelowOne,
   Checked,
   Count,
@@ -58,11 +59,6 @@ from unreid_jax.values import (
 )
 
 _COLLAPSED = 0.25
-
-
-def _default_base() -> dict[str, Any]:
-  name = "cluster_contrast"
-  return {"name": name} | methods.defaults(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +96,11 @@ class Hyperparameters(Checked):
   """
 
   base: Annotated[Mapping[str, Any], Nested(methods.fields)] = (
-    dataclasses.field(default_factory=_default_base)
+    dataclasses.field(
+      default_factory=lambda: (
+        {"name": "cluster_contrast"} | methods.defaults("cluster_contrast")
+      )
+    )
   )
   generator: Literal["learned", "interpolation"] = "learned"
   num_generated: Annotated[int, Range(1, memory.ROW_MULTIPLE)] = 8
@@ -159,9 +159,10 @@ def make(**hyperparameters) -> Method:
   with section("base"):
     base = methods.make(**hp.base)
   if base.proxies is None:
-    raise UserError(
-      f'base.name is "{hp.base["name"]}", whose loss takes no other negatives: '
-      "set it to a method that has proxies, such as cluster_contrast"
+    raise BadValue(
+      "base.name",
+      f'is "{hp.base["name"]}", whose loss takes no other negatives: set it to '
+      "a method that has proxies, such as cluster_contrast",
     )
   bind = functools.partial
   return Method(
@@ -175,7 +176,7 @@ def make(**hyperparameters) -> Method:
 
 
 def init(hp: Hyperparameters, base: Method, key, shapes) -> State:
-  """The wrapped method's state, and a new generator, for features [n, d]."""
+  """The wrapped method's state, and a new generator."""
   params = opt_state = {}
   if hp.generator == "learned":
     _, d = methods.size_of(shapes)
@@ -295,15 +296,6 @@ def notes(hp: Hyperparameters, means: dict[str, float]) -> tuple[str, ...]:
 def propose(hp, generator, proxies: Proxies, features, labels, key, progress):
   """Negatives for features [b, d] of clusters [b]; constants, all of it.
 
-  Args:
-    hp: Hyperparameters.
-    generator: the GeneratorState.
-    proxies: of the wrapped method.
-    features: the anchors [b, d].
-    labels: the anchors' clusters [b].
-    key: draws the generator's noise.
-    progress: how far the ramp is, from 0 to 1.
-
   Returns:
     What is around the anchors, the generated negatives [b, m, d], and the
     clusters that the memory takes them for [b, m].
@@ -323,8 +315,7 @@ def generate(hp, params, near: negatives.Around, key, progress=1.0):
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and len(anchors) % mesh.size == 0:
     # Each device moves the proxies of its own anchors.
-    split = sharding.constrain_rows
-    anchors, proxies = split(anchors), split(proxies)
+    anchors, proxies = map(sharding.constrain_rows, (anchors, proxies))
   if hp.generator == "learned":
     return _network(hp).apply({"params": params}, anchors, proxies, key)
   growth = jnp.log1p((math.e - 1) * progress)  # as in ISE

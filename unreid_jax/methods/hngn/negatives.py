@@ -45,14 +45,7 @@ def around(
   labels: Int[Array, " b"],
   num: int,
 ) -> Around:
-  """The negative proxies that are most similar to each feature.
-
-  Args:
-    proxies: of all clusters.
-    features: the anchors, before they are normalised.
-    labels: the anchors' clusters.
-    num: m, the number of negative proxies for each anchor.
-  """
+  """The `num` negative proxies that are most similar to each feature."""
   bank, anchors = proxies.bank, memory.normalize(features)
   columns = jnp.arange(len(bank))[None]
   is_other = (columns < proxies.num_clusters) & (columns != labels[:, None])
@@ -89,12 +82,8 @@ def terms(
 ) -> dict[str, Float[Array, ""]]:
   """What a generator minimises, as means over all negatives.
 
-  Args:
-    near: the anchors, and the proxies that the negatives start from.
-    generated: the negatives.
-    logits: what `logits_of_clusters` returns for them.
-    temperature: t, which divides the similarities.
-    hardness: "non_saturating" or "min_max".
+  Takes the negatives, the anchors and proxies that they start from, and what
+  `logits_of_clusters` returns for them.
 
   Returns:
     hardness: softplus((f c_y - f g) / t), or -softplus((f g - f c_y) / t):
@@ -120,11 +109,6 @@ def figures(
   taken_for: Int[Array, "b m"],
 ) -> dict[str, Float[Array, ""]]:
   """How hard negatives are, and which cluster the memory takes them for.
-
-  Args:
-    near: the anchors, and the proxies that the negatives start from.
-    generated: the negatives.
-    taken_for: the cluster whose proxy is most similar to each negative.
 
   Returns:
     to_anchor, to_proxy: mean similarity of a negative to its anchor, and to

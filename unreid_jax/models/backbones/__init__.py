@@ -1,9 +1,8 @@
 """A backbone is one file here, with `ARCHS`: names and what builds them.
 
-A value of `ARCHS` is a function of width (a multiplier of all channels),
-bn_group_size and bn_running (see `norm.GhostBatchNorm`) and dtype (the name of
-the dtype of the computation). It returns a flax module that is a `Backbone`.
-`archs` finds the files by itself.
+A value of `ARCHS` is a function of width (a multiplier of all channels), norm
+(makes a batch norm, as `norm.GhostBatchNorm` does) and dtype (the name of the
+computation's dtype), which returns a `Backbone`. `archs` finds the files.
 """
 
 import importlib
@@ -17,16 +16,12 @@ from jaxtyping import Array, Float
 class Backbone(Protocol):
   """What the module of a backbone has.
 
-  Attributes:
-    mean: the mean of each channel of its images, for pixels scaled to 0..1.
-    std: the standard deviation of each channel. Pretrained weights expect
-      images that are normalised by these two.
-    stride: how many rows of the image there are to one of the feature map.
+  Pretrained weights expect images that are normalised by its mean and std.
   """
 
-  mean: tuple[float, float, float]
+  mean: tuple[float, float, float]  # of each channel, for pixels of 0..1
   std: tuple[float, float, float]
-  stride: int
+  stride: int  # rows of the image to one of the feature map
 
   def __call__(
     self, x: Float[Array, "b H W 3"], train: bool
@@ -37,16 +32,15 @@ class Backbone(Protocol):
   def torch_key(key: str) -> str:
     """A key of a PyTorch state dict, as the original code base spells it.
 
-    Others wrap the network and save, say, "module.base.0.weight" instead of
+    Others wrap the network and save, say, "module.base.0.weight" for
     "conv1.weight". The key of another part just loses such a prefix.
     """
 
   @staticmethod
   def torch_name(path: tuple[str, ...]) -> str:
-    """The PyTorch name of a variable, except that the last part stays.
+    """("layer1_0", "conv1", "kernel") to PyTorch's "layer1.0.conv1.kernel".
 
-    ("layer1_0", "conv1", "kernel") becomes "layer1.0.conv1.kernel": that a
-    kernel is called weight in PyTorch is up to the caller.
+    The last part stays: that it is a weight in PyTorch is up to the caller.
     """
 
 

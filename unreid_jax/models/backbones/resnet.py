@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,37 +31,24 @@ class ResNet(nn.Module):
   He et al., CVPR 2016, in torchvision's "v1.5" form (the stride is on the
   3x3 convolution). The last stage keeps its resolution, as in every re-ID
   code base since Luo et al., CVPRW 2019 ("bag of tricks").
-
-  Attributes:
-    depth: the number of layers, 18, 34, 50, 101 or 152.
-    ibn: whether the first norm in each block of stages 1 to 3 is an instance
-      norm for half of the channels (IBN-a).
-    width: what the number of channels is multiplied by; 64 * width is rounded
-      to a multiple of 8.
-    bn_group_size: `group_size` of `GhostBatchNorm`.
-    bn_running: `running` of `GhostBatchNorm`.
-    dtype: the dtype of the computation; parameters keep theirs.
   """
 
   mean, std, stride = MEAN, STD, 16
 
-  depth: int = 50
-  ibn: bool = False
-  width: float = 1.0
-  bn_group_size: int = 0
-  bn_running: str = "first"
-  dtype: str = "float32"
+  depth: int = 50  # a key of _DEPTHS
+  ibn: bool = False  # whether bn1 in each block of stages 1 to 3 is IBN-a
+  width: float = 1.0  # times the channels; 64 * width becomes a multiple of 8
+  norm: Callable[..., nn.Module] = GhostBatchNorm
+  dtype: str = "float32"  # of the computation; parameters keep theirs
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b H W 3"], train: bool
   ) -> Float[Array, "b h w c"]:
     stages, bottleneck = _DEPTHS[self.depth]
-    norm_options = (self.bn_group_size, self.bn_running)
     base = 8 * max(1, round(8 * self.width))
     x = Conv(base, 7, 2, name="conv1")(x.astype(jnp.dtype(self.dtype)))
-    x = GhostBatchNorm(*norm_options, name="bn1")(x, train)
-    x = max_pool(nn.relu(x))
+    x = max_pool(nn.relu(self.norm(name="bn1")(x, train)))
     for i, num_blocks in enumerate(stages):
       for j in range(num_blocks):
         x = Block(
@@ -69,7 +57,7 @@ class ResNet(nn.Module):
           bottleneck=bottleneck,
           project=j == 0 and (i > 0 or bottleneck),
           ibn=self.ibn and i < 3,
-          norm_options=norm_options,
+          norm=self.norm,
           name=f"layer{i + 1}_{j}",
         )(x, train)
     return x
@@ -98,29 +86,27 @@ class Block(nn.Module):
   bottleneck: bool
   project: bool
   ibn: bool
-  norm_options: tuple[int, str]
+  norm: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b H W C"], train: bool
   ) -> Float[Array, "b h w c"]:
-    norm = functools.partial(GhostBatchNorm, *self.norm_options)
-    first_norm = InstanceBatchNorm if self.ibn else GhostBatchNorm
-    out = 4 * self.channels if self.bottleneck else self.channels
-    convs = [(out, 3, self.stride), (out, 3, 1)]
+    channels, stride = self.channels, self.stride
+    out = 4 * channels if self.bottleneck else channels
+    convs = [(out, 3, stride), (out, 3, 1)]
     if self.bottleneck:
-      middle = (self.channels, 3, self.stride)
-      convs = [(self.channels, 1, 1), middle, (out, 1, 1)]
+      convs = [(channels, 1, 1), (channels, 3, stride), (out, 1, 1)]
     shortcut = x
     if self.project:
-      shortcut = Conv(out, 1, self.stride, name="downsample_0")(x)
-      shortcut = norm(name="downsample_1")(shortcut, train)
-    for i, (channels, size, stride) in enumerate(convs, 1):
-      x = Conv(channels, size, stride, name=f"conv{i}")(x)
-      if i == 1:
-        x = first_norm(*self.norm_options, name="bn1")(x, train)
+      shortcut = Conv(out, 1, stride, name="downsample_0")(x)
+      shortcut = self.norm(name="downsample_1")(shortcut, train)
+    for i, options in enumerate(convs, 1):
+      x = Conv(*options, name=f"conv{i}")(x)
+      if self.ibn and i == 1:
+        x = InstanceBatchNorm(self.norm, name="bn1")(x, train)
       else:
-        x = norm(name=f"bn{i}")(x, train)
+        x = self.norm(name=f"bn{i}")(x, train)
       if i < len(convs):
         x = nn.relu(x)
     return nn.relu(x + shortcut)

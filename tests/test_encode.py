@@ -1,0 +1,155 @@
+"""A trained encoder opens anywhere, and takes images as they come."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import tiny_config
+
+from unreid_jax import UserError, encode, load_encoder, sharding
+from unreid_jax.config import resolve
+from unreid_jax.data.images import resize
+from unreid_jax.state import first_state, make_parts
+from unreid_jax.workdir import Workdir
+from unreid_jax.workdir.checkpoints import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A workdir with two checkpoints, and the state of the last one."""
+  path = tmp_path_factory.mktemp("run")
+  config = tiny_config(num_devices=1)
+  with jax.set_mesh(sharding.make_mesh(1)):
+    parts = make_parts(resolve(config, steps_per_epoch=4))
+    state = first_state(parts, 40, weights="")
+  with Checkpoints(Workdir(path)) as checkpoints:
+    for which, step in (("best", 2), ("last", 4)):
+      state = state.replace(
+        params=jax.tree.map(lambda x: 1.01 * x, state.params)
+      )
+      checkpoints.save(which, step, parts.card, state)
+  return path, parts, state
+
+
+@pytest.fixture
+def images():
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (11, 64, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("num_devices", [0, 1, 4])
+def test_features_are_those_of_the_run(trained, images, num_devices):
+  """In any number of batches, on any number of devices, without its data."""
+  path, parts, state = trained
+  expected = jax.device_get(parts.apply(state.variables, images))
+  encoder = load_encoder(path)
+  if num_devices:
+    with jax.set_mesh(sharding.make_mesh(num_devices)):
+      encoder = load_encoder(path)
+  for batch_size in (3, 128):
+    features = encoder(images, batch_size)
+    for name, array in expected.items():
+      assert isinstance(features[name], np.ndarray)
+      np.testing.assert_allclose(features[name], array, 1e-4, 1e-5)
+
+
+def test_paths_to_a_checkpoint(trained, images):
+  path, _, _ = trained
+  last, best = (
+    load_encoder(path / "checkpoints" / x)(images) for x in ("last", "best")
+  )
+  assert np.abs(last["global"] - best["global"]).max() > 1e-4
+  for same, features in (("last/4", last), ("best/2", best), ("..", last)):
+    again = load_encoder(str(path / "checkpoints" / same))(images)
+    np.testing.assert_array_equal(again["global"], features["global"])
+
+
+def test_images_of_any_size_and_paths(trained, images, tmp_path):
+  encoder, rng = load_encoder(trained[0]), np.random.default_rng(1)
+  large = [rng.integers(0, 256, (90 + i, 50, 3), np.uint8) for i in range(3)]
+  paths = [tmp_path / f"{i}.png" for i in range(3)]
+  for path, image in zip(paths, large, strict=True):
+    Image.fromarray(image).save(path)
+  sized = np.stack([resize(Image.fromarray(x), 64, 32) for x in large])
+  expected = encoder(sized)["local"]
+  mixed = [large[0], str(paths[1]), paths[2]]
+  for given in (large, paths, mixed):
+    np.testing.assert_array_equal(encoder(given)["local"], expected)
+  np.testing.assert_array_equal(encoder(paths[0])["local"], expected[:1])
+  same_size = np.stack([x[:90] for x in large])
+  np.testing.assert_array_equal(
+    encoder(same_size)["local"], encoder(list(same_size))["local"]
+  )
+
+
+def test_mistakes(trained, tmp_path):
+  encoder = load_encoder(trained[0])
+  (tmp_path / "text.jpg").write_text("no image")
+  grey = np.zeros((8, 8), np.uint8)
+  for given, line in (
+    ([tmp_path / "none.jpg"], "none.jpg cannot be read as an image"),
+    ([tmp_path / "text.jpg"], "text.jpg cannot be read as an image"),
+    ([grey], r"image 0 is uint8\[8, 8\]: pass uint8\[h, w, 3\], or a path"),
+    (np.zeros((2, 64, 32, 3)), r"image 0 is float64\[64, 32, 3\]"),
+    ([], "no image to encode"),
+  ):
+    with pytest.raises(UserError, match=line):
+      encoder(given)
+  for path in (tmp_path, tmp_path / "checkpoints" / "best", "nowhere"):
+    with pytest.raises(UserError, match="holds no checkpoint: give a workdir"):
+      load_encoder(path)
+
+
+def test_a_new_process_needs_the_folder_alone(trained, tmp_path):
+  """No data, no config file, another working directory."""
+  program = (
+    "import sys, numpy as np; from unreid_jax import load_encoder;"
+    "images = np.zeros((2, 5, 4, 3), np.uint8);"
+    "print(load_encoder(sys.argv[1])(images)['global'].shape);"
+    "print([m for m in ('unreid_jax.train', 'unreid_jax.state', 'optax',"
+    " 'unreid_jax.methods.selective') if m in sys.modules])"
+  )
+  root = os.path.dirname(os.path.dirname(__file__))
+  env = os.environ | {"PYTHONPATH": root}
+  done = subprocess.run(
+    [sys.executable, "-c", program, str(trained[0])],
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.stdout.splitlines() == ["(2, 64)", "[]"], done.stderr
+
+
+def test_the_card_is_plain_text(trained):
+  folder = Workdir(trained[0]).newest("last")
+  card = json.loads((folder / "card" / "metadata").read_text())
+  assert card["height"] == 64 and card["encoder"]["arch"] == "resnet18"
+  assert {x.name for x in folder.iterdir() if x.is_dir()} == {
+    "card",
+    "encoder",
+    "training",
+  }
+
+
+def test_encode_returns_features_in_the_order_of_the_images():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (13, 4, 2, 3), np.uint8)
+  order, seen = rng.permutation(13), []
+
+  def step(count, images, start):
+    seen.append(np.asarray(images))
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    return count + 1, {"global": pixels}
+
+  with jax.set_mesh(sharding.make_mesh(4)):
+    count, features = encode.encode(step, 0, images, 4, "", order)
+  assert count == 4
+  np.testing.assert_array_equal(features["global"], images.reshape(13, -1))
+  np.testing.assert_array_equal(np.concatenate(seen)[:13], images[order])
