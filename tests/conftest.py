@@ -41,6 +41,14 @@ def make_encoder():
 
 
 @pytest.fixture
+def two_blocks(monkeypatch):
+  """A ResNet-18 of two stages of one block each, which compiles soon."""
+  from unreid_jax.models.backbones import resnet
+
+  monkeypatch.setitem(resnet._DEPTHS, 18, ((1, 1), False))
+
+
+@pytest.fixture
 def golden():
   """Loads tests/goldens/NAME.npz, made by running the references' code."""
   folder = pathlib.Path(__file__).parent / "goldens"
@@ -68,3 +76,8 @@ def float64():
   """
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     yield
+
+
+def pytest_collection_modifyitems(items):
+  """The longest tests first, so that no process ends up with them alone."""
+  items.sort(key=lambda item: item.path.stem != "test_train")

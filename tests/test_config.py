@@ -28,9 +28,11 @@ def test_every_config(name, dataset):
   module = importlib.import_module(f"configs.{name}")
   made = load(name, *[dataset] if dataset else [])
   assert made.dataset.name == (dataset or "synthetic")
+  values.check(config.kinds(), made.to_dict())
   with jax.set_mesh(sharding.make_mesh(1)):
-    config.check(made, 1)
     make_parts(config.resolve(made, steps_per_epoch=10))
+    if dataset in (None, "market1501"):
+      config.check(made, 1)
   command = f"python run.py --config=configs/{name}.py:market1501"
   assert command in module.__doc__
 

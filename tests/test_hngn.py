@@ -353,11 +353,11 @@ def test_a_careless_interpolation_is_reported():
 
 def test_collapse_is_reported_and_the_defaults_do_not():
   """Without identity term and trust region a negative becomes the anchor."""
-  figures, notes = train_generator(150, identity_weight=0.0)
+  figures, notes = train_generator(100, identity_weight=0.0)
   assert figures["as_own"] > 0.6 and figures["to_anchor"] > 0.9
   assert any("collapse onto" in note for note in notes)
   for safe in ({}, {"identity_weight": 0.0, "radius": 0.3}):
-    figures, notes = train_generator(150, **safe)
+    figures, notes = train_generator(100, **safe)
     assert figures["as_own"] < 0.02 and figures["as_intended"] > 0.9
     assert not any("collapse onto" in note for note in notes)
     assert figures["to_anchor"] > figures["proxy_to_anchor"] + 0.05
@@ -473,18 +473,14 @@ def test_features_for_the_generator(alternate):
   )
 
 
-@pytest.mark.parametrize("alternate", ["iteration", "epoch"])
-def test_one_device_equals_eight(float64, alternate):
-  """Two steps and a phase of the generator, with the moments of its Adam."""
+def test_one_device_equals_eight(float64):
+  """A step, and a phase of the generator with the moments of its Adam."""
   trees = []
   for num_devices in (1, 8):
     with jax.set_mesh(sharding.make_mesh(num_devices)):
-      case = Case(alternate=alternate, generator_steps=2)
-      state = case.state
-      for step in range(2):
-        outcome = case.step(state, step)
-        state = outcome.state
-      trees.append((case.refresh(state), outcome))
+      case = Case(alternate="epoch", generator_steps=2)
+      outcome = case.step()
+      trees.append((case.refresh(outcome.state), outcome))
   for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
     np.testing.assert_allclose(a, b, 1e-5, 1e-9)
 

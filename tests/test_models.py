@@ -12,7 +12,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from unreid_jax import UserError, sharding
 from unreid_jax.models import backbones, heads, norm, pretrained
-from unreid_jax.models.backbones import resnet
 
 
 def _bn(name, channels):
@@ -246,12 +245,6 @@ def test_the_group_must_divide_the_batch():
 def _random(leaf):
   values = np.random.default_rng(leaf.size).uniform(-0.5, 1, leaf.shape)
   return jnp.float32(values * (leaf.shape[-2] if leaf.ndim > 1 else 1) ** -0.5)
-
-
-@pytest.fixture
-def two_blocks(monkeypatch):
-  """A ResNet-18 of two stages of one block each, which compiles soon."""
-  monkeypatch.setitem(resnet._DEPTHS, 18, ((1, 1), False))
 
 
 def test_bfloat16_stays_close_and_returns_float32(two_blocks, make_encoder):

@@ -1,5 +1,7 @@
 """Selective contrastive learning against the authors' code and a slow twin."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,8 @@ def test_authors_loss_gradients_and_banks(golden, num_devices):
   with jax.set_mesh(sharding.make_mesh(num_devices)):
     method, state, features, batch = setup(z)
     hp = selective.Hyperparameters(num_positives=5, num_negatives=7)
-    rows, valid, _ = selective.choose(hp, state, features, batch, key)
+    choose = jax.jit(functools.partial(selective.choose, hp))
+    rows, valid, _ = choose(state, features, batch, key)
     np.testing.assert_array_equal(rows[:, :6], z["positive_idx"])
     np.testing.assert_array_equal(rows[:, 6:], z["negative_idx"])
     assert valid.all()
@@ -84,7 +87,8 @@ def test_warmup_draws_the_same_negatives_for_the_whole_batch(golden):
   z, key = golden("scl_unsup"), jax.random.key(3)
   method, state, features, batch = setup(z, warmup=1)
   hp = selective.Hyperparameters(num_positives=5, num_negatives=7, warmup=1)
-  rows, valid, weights = selective.choose(hp, state, features, batch, key)
+  choose = jax.jit(functools.partial(selective.choose, hp))
+  rows, valid, weights = choose(state, features, batch, key)
   assert valid.all()
   np.testing.assert_array_equal(weights, [0.5, 0, 0, 0, 0, 0])
   np.testing.assert_array_equal(rows[:, 0], batch.indices)
@@ -98,7 +102,7 @@ def test_warmup_draws_the_same_negatives_for_the_whole_batch(golden):
   changed = np.any(after.mixture != state.mixture, axis=1)
   assert set(np.flatnonzero(changed)) == set(np.asarray(batch.indices))
   batch = batch.replace(step=jnp.asarray(1, jnp.int32))
-  weights = selective.choose(hp, after, features, batch, key)[2]
+  weights = choose(after, features, batch, key)[2]
   np.testing.assert_allclose(weights, [0.5, *[1.75 * 0.5 / 5] * 5])
 
 
@@ -107,7 +111,8 @@ def test_frozen_gradient_is_the_losses_own(golden):
   method, state, features, batch = setup(z, gradient="frozen")
   value, _, slope, _ = run_step(method, state, features, batch, key)
   hp = selective.Hyperparameters(num_positives=5, num_negatives=7)
-  rows, _, weights = selective.choose(hp, state, features, batch, key)
+  choose = jax.jit(functools.partial(selective.choose, hp))
+  rows, _, weights = choose(state, features, batch, key)
 
   def twin(features):
     total = 0.0
@@ -131,7 +136,8 @@ def test_fewer_images_than_negatives(golden):
   z, key = golden("scl_unsup"), jax.random.key(0)
   method, state, features, batch = setup(z, num_negatives=500)
   hp = selective.Hyperparameters(num_positives=5, num_negatives=500)
-  rows, valid, _ = selective.choose(hp, state, features, batch, key)
+  choose = jax.jit(functools.partial(selective.choose, hp))
+  rows, valid, _ = choose(state, features, batch, key)
   for row, exists in zip(np.asarray(rows), np.asarray(valid), strict=True):
     assert sorted(row[exists]) == list(range(80))
   assert np.isfinite(run_step(method, state, features, batch).loss)
