@@ -23,7 +23,8 @@ from unreid_jax.workdir.checkpoints import Checkpoints
 def trained(tmp_path_factory):
   """A workdir with two checkpoints, and the state of the last one."""
   path = tmp_path_factory.mktemp("run")
-  config = tiny_config(num_devices=1)
+  size = {"dataset.height": 64, "dataset.width": 32}
+  config = tiny_config(num_devices=1, **size)
   with jax.set_mesh(sharding.make_mesh(1)):
     parts = make_parts(resolve(config, steps_per_epoch=4))
     state = first_state(parts, 40, weights="")

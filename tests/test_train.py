@@ -30,14 +30,15 @@ pytestmark = pytest.mark.usefixtures("two_blocks")
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
   "num_devices": 2,
-  "dataset.height": 64,
-  "dataset.width": 32,
+  "dataset.height": 32,
+  "dataset.width": 16,
   "encoder.arch": "resnet18",
   "encoder.width": 0.125,
   "encoder.num_stripes": 4,
   "encoder.stripe_dim": 16,
   "encoder.embedding_dim": 64,
   "batch_size": 32,
+  "evaluate_batch_size": 32,
   "log_every": "1 step",
 }
 
@@ -73,7 +74,7 @@ def cluster_config(method, **changes):
 
 def tiny_split(rng, num):
   patches = rng.integers(0, 256, (num, 8, 4, 3), np.uint8)
-  images = patches.repeat(8, axis=1).repeat(8, axis=2)
+  images = patches.repeat(4, axis=1).repeat(4, axis=2)
   pids = np.arange(num, dtype=np.int32) // 4
   camids = np.arange(num, dtype=np.int32) % 4
   return Split(images, pids, camids, tuple(map(str, range(num))))
@@ -322,7 +323,7 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
   tables = []
   monkeypatch.setattr(train.Writer, "table", lambda self, x: tables.append(x))
   use(monkeypatch, dataset._replace(train=None))
-  config.dataset.height, config.optim.lr = 128, 1.0
+  config.dataset.height, config.optim.lr = 64, 1.0
   train.score(config, str(tmp_path))
   (rows,) = tables
   assert rows[0]["step"] == 8
