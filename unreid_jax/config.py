@@ -15,21 +15,21 @@ from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, memory, methods, models, optim, values
 from unreid_jax.data import augment, sampler
-from unreid_jax.values import Count, CountOrNone, Duration, Free, Range
+from unreid_jax.values import Count, CountOrZero, Duration, Free, Range
 
 
 class Run(TypedDict):
   """The keys that belong to no section."""
 
   seed: Annotated[int, Range(0, 2**31 - 1)]
-  num_devices: Free[CountOrNone]
+  num_devices: Free[CountOrZero]
   epochs: Free[Count]
   batch_size: Count
   evaluate_batch_size: Free[Count]
   evaluate_every: Free[Duration]
   checkpoint_every: Free[Duration]
   log_every: Free[Duration]
-  steps_per_epoch: CountOrNone
+  steps_per_epoch: CountOrZero
 
 
 def kinds() -> dict[str, Any]:

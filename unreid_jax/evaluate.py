@@ -70,13 +70,8 @@ def score(
       )
     )
   metrics = ranking.summarize(parts, max_rank=10)
-  return {
-    "mAP": float(metrics.mAP),
-    "R1": float(metrics.cmc[0]),
-    "R5": float(metrics.cmc[4]),
-    "R10": float(metrics.cmc[9]),
-    "mINP": float(metrics.mINP),
-  }
+  first = {f"R{k}": float(metrics.cmc[k - 1]) for k in (1, 5, 10)}
+  return {"mAP": float(metrics.mAP)} | first | {"mINP": float(metrics.mINP)}
 
 
 def export_features(

@@ -65,7 +65,7 @@ Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, "[)")]
 InsideUnit = Annotated[float, Range(0, 1, "()")]
 Count = Annotated[int, Range(1)]
-CountOrNone = Annotated[int, Range(0)]
+CountOrZero = Annotated[int, Range(0)]
 # Steps; in a config also "10 epochs" or "500 steps", see `steps`.
 Duration = Annotated[int, Range(0), DURATION]
 # May change between two parts of a run: it says where the run happens and what

@@ -13,7 +13,7 @@ from PIL import Image
 from unreid_jax import values
 from unreid_jax.data import datasets, synthetic
 from unreid_jax.data.images import Dataset, Split, files_in, load_split, resize
-from unreid_jax.values import Count, CountOrNone, Free
+from unreid_jax.values import Count, CountOrZero, Free
 
 __all__ = ["Dataset", "Split", "load", "names"]
 
@@ -34,7 +34,7 @@ def load(
   cache_dir: Free[str] = "",
   on_corrupt: Literal["error", "skip"] = "error",
   version: str = "",
-  seed: CountOrNone = 0,
+  seed: CountOrZero = 0,
   splits: Collection[str] = Dataset._fields,
 ) -> Dataset:
   """Reads a dataset and resizes its images.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8, UInt32
 
-from unreid_jax.values import CountOrNone, Fraction
+from unreid_jax.values import CountOrZero, Fraction
 
 Colour = tuple[float, float, float]
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
@@ -25,7 +25,7 @@ def augment(
   images: UInt8[Array, "b h w 3"],
   *,
   flip: bool,
-  pad: CountOrNone,
+  pad: CountOrZero,
   erase_probability: Fraction,
   erase_fill: Literal["mean", "zero"],
   mean: Colour,

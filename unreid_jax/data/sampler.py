@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from unreid_jax import UserError
-from unreid_jax.values import Count, CountOrNone
+from unreid_jax.values import Count, CountOrZero
 
 _Ids = Int[np.ndarray, " n"]
 _Batches = Iterator[Int[np.ndarray, " {batch_size}"]]
@@ -22,8 +22,8 @@ def plan(
   *,
   batch_size: Count,
   steps: Count,
-  seed: CountOrNone,
-  num_instances: CountOrNone,
+  seed: CountOrZero,
+  num_instances: CountOrZero,
   other_camera: bool,
 ) -> Int[np.ndarray, "{steps} {batch_size}"]:
   """The positions of the images of each step of an epoch.

@@ -44,7 +44,7 @@ from unreid_jax.methods import Batch, Labels, Method, one_each, spcl
 from unreid_jax.pseudo_labels import false_negatives
 from unreid_jax.pseudo_labels.clustering import Clustering, cluster
 from unreid_jax.pseudo_labels.self_paced import check_gap, outliers_alone
-from unreid_jax.values import BelowOne, CountOrNone, NotNegative, Positive
+from unreid_jax.values import BelowOne, CountOrZero, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Hyperparameters(Clustering):
   weight_gradient: bool = False
   instance_weight: NotNegative = 0.5
   positives: Literal["hardest", "all"] = "hardest"
-  num_negatives: CountOrNone = 0
+  num_negatives: CountOrZero = 0
 
   def __post_init__(self):
     super().__post_init__()

@@ -23,22 +23,12 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from unreid_jax import UserError, losses, memory
+from unreid_jax import UserError, losses, memory, values
 from unreid_jax.methods import Batch, Labels, Method, one_each
-from unreid_jax.values import (
-  BelowOne,
-  Checked,
-  CountOrNone,
-  Duration,
-  Fraction,
-  Free,
-  NotNegative,
-  Positive,
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameters(Checked):
+class Hyperparameters(values.Checked):
   """The authors' values, under the paper's letters in brackets.
 
   Attributes:
@@ -72,22 +62,22 @@ class Hyperparameters(Checked):
       train with squared ones and test with plain ones.
   """
 
-  num_positives: CountOrNone = 7
-  num_negatives: CountOrNone = 500
-  temperature: Positive = 0.1
-  self_weight: Fraction = 0.5
-  global_weight: Fraction = 0.5
-  local_loss_weight: Fraction = 0.3
-  camera_penalty: NotNegative = 0.05
-  alpha: NotNegative = 1.75
-  bank_momentum: BelowOne = 0.5
-  mixture_momentum: BelowOne = 0.5
-  warmup: Duration = 0
+  num_positives: values.CountOrZero = 7
+  num_negatives: values.CountOrZero = 500
+  temperature: values.Positive = 0.1
+  self_weight: values.Fraction = 0.5
+  global_weight: values.Fraction = 0.5
+  local_loss_weight: values.Fraction = 0.3
+  camera_penalty: values.NotNegative = 0.05
+  alpha: values.NotNegative = 1.75
+  bank_momentum: values.BelowOne = 0.5
+  mixture_momentum: values.BelowOne = 0.5
+  warmup: values.Duration = 0
   bank_init: Literal["train", "eval"] = "train"
   gradient: Literal["sequential", "frozen"] = "sequential"
   normalize_local: bool = False
-  camera_at_test: Free[bool] = True
-  squared_at_test: Free[bool] = False
+  camera_at_test: values.Free[bool] = True
+  squared_at_test: values.Free[bool] = False
 
 
 @struct.dataclass

@@ -11,7 +11,7 @@ from unreid_jax import UserError, values
 from unreid_jax.models import backbones
 from unreid_jax.models.heads import Neck, Stripes
 from unreid_jax.models.norm import GhostBatchNorm
-from unreid_jax.values import Count, CountOrNone, Positive
+from unreid_jax.values import Count, CountOrZero, Positive
 
 
 class Encoder(nn.Module):
@@ -31,7 +31,7 @@ def make(
   width: Positive,
   head: Literal["neck", "stripes"],
   pooling: Literal["avg", "gem"],
-  bn_group_size: CountOrNone,
+  bn_group_size: CountOrZero,
   bn_running: Literal["first", "mean"],
   embedding_dim: Count,
   stripe_dim: Count,

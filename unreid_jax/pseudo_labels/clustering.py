@@ -59,7 +59,7 @@ class Clustering(values.Checked):
   eps: values.InsideUnit = 0.6
   min_samples: values.Count = 4
   center_cameras: bool = False
-  instance_epochs: values.CountOrNone = 0
+  instance_epochs: values.CountOrZero = 0
 
   def __post_init__(self):
     super().__post_init__()

@@ -40,29 +40,16 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
-from unreid_jax import memory, methods, optim, sharding
+from unreid_jax import memory, methods, optim, sharding, values
 from unreid_jax.methods import Batch, Labels, Method, Proxies
 from unreid_jax.methods.hngn import negatives
 from unreid_jax.methods.hngn.generator import Generator, interpolate
-from unreid_jax.values import (
-  BadValue,
-  BelowOne,
-  Checked,
-  Count,
-  CountOrNone,
-  Duration,
-  Nested,
-  NotNegative,
-  Positive,
-  Range,
-  section,
-)
 
 _COLLAPSED = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameters(Checked):
+class Hyperparameters(values.Checked):
   """Ours, but for ISE's interpolation.
 
   Attributes:
@@ -95,7 +82,7 @@ class Hyperparameters(Checked):
     interpolation: the share of the way to the anchor, at the ramp's end.
   """
 
-  base: Annotated[Mapping[str, Any], Nested(methods.fields)] = (
+  base: Annotated[Mapping[str, Any], values.Nested(methods.fields)] = (
     dataclasses.field(
       default_factory=lambda: (
         {"name": "cluster_contrast"} | methods.defaults("cluster_contrast")
@@ -103,23 +90,23 @@ class Hyperparameters(Checked):
     )
   )
   generator: Literal["learned", "interpolation"] = "learned"
-  num_generated: Annotated[int, Range(1, memory.ROW_MULTIPLE)] = 8
+  num_generated: Annotated[int, values.Range(1, memory.ROW_MULTIPLE)] = 8
   hardness: Literal["non_saturating", "min_max"] = "non_saturating"
-  hardness_weight: NotNegative = 1.0
-  identity_weight: NotNegative = 1.0
-  proximity_weight: NotNegative = 0.0
-  radius: NotNegative = 0.0
-  generated_weight: NotNegative = 1.0
+  hardness_weight: values.NotNegative = 1.0
+  identity_weight: values.NotNegative = 1.0
+  proximity_weight: values.NotNegative = 0.0
+  radius: values.NotNegative = 0.0
+  generated_weight: values.NotNegative = 1.0
   share: bool = False
-  warmup: Duration = 0
-  ramp: Duration = 0
+  warmup: values.Duration = 0
+  ramp: values.Duration = 0
   alternate: Literal["iteration", "epoch"] = "iteration"
-  generator_steps: Annotated[Duration, Range(1)] = 1
-  phase_batch_size: Count = 256
-  generator_width: Count = 1024
-  noise: CountOrNone = 64
-  learning_rate: Positive = 3.5e-4
-  interpolation: BelowOne = 0.25
+  generator_steps: Annotated[values.Duration, values.Range(1)] = 1
+  phase_batch_size: values.Count = 256
+  generator_width: values.Count = 1024
+  noise: values.CountOrZero = 64
+  learning_rate: values.Positive = 3.5e-4
+  interpolation: values.BelowOne = 0.25
 
   @property
   def trains_by_epoch(self) -> bool:
@@ -156,10 +143,10 @@ def make(**hyperparameters) -> Method:
     UserError: the wrapped method takes no negatives.
   """
   hp = Hyperparameters(**hyperparameters)
-  with section("base"):
+  with values.section("base"):
     base = methods.make(**hp.base)
   if base.proxies is None:
-    raise BadValue(
+    raise values.BadValue(
       "base.name",
       f'is "{hp.base["name"]}", whose loss takes no other negatives: set it to '
       "a method that has proxies, such as cluster_contrast",
