@@ -76,9 +76,9 @@ def _parse(argv):
     text = text.removeprefix("unreid_jax.UserError: ")
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', str(error))
-    if not hint:
-      raise
-    text = f'the config has no key "{hint[2]}"; did you mean "{hint[1]}"?'
+    text = f"the config has no such key: {str(error).strip()}"
+    if hint:
+      text = f'the config has no key "{hint[2]}"; did you mean "{hint[1]}"?'
   print(f"error: {text}", file=sys.stderr)
   sys.exit(2)
 

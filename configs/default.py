@@ -1,11 +1,13 @@
-"""Every key of a config, with its default and a remark.
+"""Every key of a config but the method's, with its default and a remark.
+
+A method's keys stand in the `Hyperparameters` of its file.
 
 Durations are written "10 epochs" or "500 steps", or "0 steps" for never.
 """
 
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, methods
+from unreid_jax import UserError, methods, values
 
 
 def parse(arguments: str) -> tuple[str, bool]:
@@ -14,6 +16,16 @@ def parse(arguments: str) -> tuple[str, bool]:
   if size not in ("", "small"):
     raise UserError(f'no config "{arguments}": write DATASET or DATASET,small')
   return dataset, size == "small" or dataset == "synthetic"
+
+
+def method_section(name: str) -> dict:
+  """A method's defaults; durations as texts, so that any can be set."""
+  kinds = methods.fields({"name": name})
+  is_duration = lambda key: values.has(kinds[key], values.DURATION)
+  return {"name": name} | {
+    key: f"{value} steps" if is_duration(key) else value
+    for key, value in methods.defaults(name).items()
+  }
 
 
 def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
@@ -74,7 +86,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "warmup_factor": 0.01,  # of the first step's learning rate
         "warmup_curve": "linear",  # or "constant"
       },
-      "method": {"name": method} | methods.defaults(method) | hyperparameters,
+      "method": method_section(method) | hyperparameters,
     }
   )
 

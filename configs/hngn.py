@@ -6,7 +6,7 @@
   python run.py --config=configs/hngn.py:cuhk03_np,small
 
 Only the paper's abstract was at hand, and there is no code. So neither the
-method (see unreid_jax/methods/hngn.py for what is known, inferred and ours) nor
+method (see unreid_jax/methods/hngn/ for what is known, inferred and ours) nor
 this recipe is the authors', and no figure of theirs is to be expected. The
 recipe on real data is the baseline of ISE (CVPR 2022) by the same authors, a
 Cluster Contrast with average pooling: 82.5 / 92.5 on Market-1501 (mAP / R1),
@@ -31,7 +31,6 @@ import importlib.util
 from ml_collections import ConfigDict
 
 from configs import default
-from unreid_jax import methods
 
 
 def get_config(arguments: str = "synthetic,small"):
@@ -48,11 +47,10 @@ def get_config(arguments: str = "synthetic,small"):
   _, is_small = default.parse(arguments)
   if not is_small and is_default:
     _like_ise(config)
-  method = {"name": "hngn"} | methods.defaults("hngn")
+  method = default.method_section("hngn")
   method["base"] = config.method.to_dict()
   method["warmup"] = "20 epochs" if is_small else "5 epochs"
   method["ramp"] = "5 epochs"
-  method["generator_steps"] = "1 step"
   if is_small:
     method["generator_width"] = 256
   config.method = ConfigDict(method)

@@ -167,6 +167,36 @@ def test_types_are_all_that_there_is_to_say():
   assert not values.has(kinds["share"], values.FREE)
 
 
+def test_durations_of_a_method_are_steps_and_of_a_config_texts():
+  with pytest.raises(
+    UserError, match=r"^warmup is \"2 epochs\": set it to a num"
+  ):
+    methods.make("selective", warmup="2 epochs")
+  section = load("selective", "market1501").method
+  assert (section.warmup, section.name) == ("3 epochs", "selective")
+  hngn = load("hngn", "market1501").method
+  assert (hngn.generator_steps, hngn.ramp) == ("1 steps", "5 epochs")
+
+
+@pytest.mark.parametrize(
+  "kind, good, bad",
+  [
+    (Literal[16, 32], [16], ["16", 8, 16.0]),
+    (tuple[values.Positive, ...], [(1.0, 2), ()], [3.0, (0.0,), "x"]),
+    (Annotated[values.Duration, values.Range(1)], ["1 step"], ["0 steps", 0]),
+    (values.Duration, [5, "2.5 epochs"], [2.5, "2.5", "٣ epochs", True]),
+    (float, [1, 1e300], [10**400, True, "1"]),
+    (Annotated[dict, values.Nested(lambda _: {})], [{}], [3, "x", {"a": 1}]),
+  ],
+)
+def test_kinds_of_values(kind, good, bad):
+  for value in good:
+    values.check({"key": kind}, {"key": value})
+  for value in bad:
+    with pytest.raises(values.BadValue, match=r"^key"):
+      values.check({"key": kind}, {"key": value})
+
+
 def test_a_method_says_the_short_name():
   with pytest.raises(
     UserError, match=r"^k1 is 1: set it to a whole number of 2"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -82,6 +83,7 @@ def test_images_of_any_size_and_paths(trained, images, tmp_path):
   for given in (large, paths, mixed):
     np.testing.assert_array_equal(encoder(given)["local"], expected)
   np.testing.assert_array_equal(encoder(paths[0])["local"], expected[:1])
+  np.testing.assert_array_equal(encoder(large[0])["local"], expected[:1])
   same_size = np.stack([x[:90] for x in large])
   np.testing.assert_array_equal(
     encoder(same_size)["local"], encoder(list(same_size))["local"]
@@ -97,6 +99,7 @@ def test_mistakes(trained, tmp_path):
     ([tmp_path / "text.jpg"], "text.jpg cannot be read as an image"),
     ([grey], r"image 0 is uint8\[8, 8\]: pass uint8\[h, w, 3\], or a path"),
     (np.zeros((2, 64, 32, 3)), r"image 0 is float64\[64, 32, 3\]"),
+    ([np.zeros((0, 5, 3), np.uint8)], r"image 0 is uint8\[0, 5, 3\]"),
     ([], "no image to encode"),
   ):
     with pytest.raises(UserError, match=line):
@@ -104,6 +107,33 @@ def test_mistakes(trained, tmp_path):
   for path in (tmp_path, tmp_path / "checkpoints" / "best", "nowhere"):
     with pytest.raises(UserError, match="holds no checkpoint: give a workdir"):
       load_encoder(path)
+
+
+def test_an_image_is_read_once(trained, images, tmp_path, monkeypatch):
+  """However much a batch is filled up."""
+  path, read = tmp_path / "a.png", []
+  Image.fromarray(images[0]).save(path)
+  resize_it = lambda image, *size: read.append(1) or resize(image, *size)
+  monkeypatch.setattr(encode, "resize", resize_it)
+  with jax.set_mesh(sharding.make_mesh(1)):
+    load_encoder(trained[0])(path)
+  assert len(read) == 1
+
+
+def test_workdirs_with_odd_names(trained, images, tmp_path):
+  """A number, or a folder within one that is called checkpoints."""
+  for name in ("2024", "checkpoints/market"):
+    shutil.copytree(trained[0], tmp_path / name)
+    assert load_encoder(tmp_path / name)(images)["global"].shape == (11, 64)
+
+
+@pytest.mark.parametrize("lost", ["card/metadata", "encoder", "encoder/d"])
+def test_a_damaged_checkpoint(trained, tmp_path, lost):
+  shutil.copytree(trained[0], tmp_path / "run")
+  path = tmp_path / "run" / "checkpoints" / "last" / "4" / lost
+  shutil.rmtree(path) if path.is_dir() else path.write_text("{")
+  with pytest.raises(UserError, match=r"last/4 is damaged \(.*\): delete it"):
+    load_encoder(tmp_path / "run")
 
 
 def test_a_new_process_needs_the_folder_alone(trained, tmp_path):

@@ -529,12 +529,19 @@ def test_half_an_epoch_is_a_step_at_least():
     assert resolved.method.generator_steps == expected
 
 
+def test_notes_of_the_wrapped_method_are_kept(monkeypatch):
+  base = methods.make("cluster_contrast")
+  base = base._replace(notes=lambda means: (f"loss {means['loss']}",))
+  monkeypatch.setattr(methods, "make", lambda **_: base)
+  assert hngn.make().notes({"loss": 1.5, "ramp": 0.0}) == ("loss 1.5",)
+
+
 def test_bad_values():
   for changes, text in (
     ({"generator": "gan"}, '^generator is "gan": set it to "learned" or "int'),
     ({"num_generated": 0}, "^num_generated is 0: set it to a whole number in"),
     ({"radius": -1.0}, "^radius is -1.0: set it to a number of 0 or more"),
-    ({"warmup": -1}, "^warmup is -1: set it to a duration"),
+    ({"warmup": -1}, "^warmup is -1: set it to a number of steps"),
     (
       {"base": {"name": "hhcl", "update": "momentum"}},
       "^base.update is unknown here; there are: name, clustering",

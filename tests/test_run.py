@@ -33,6 +33,7 @@ def run_command(arguments, log):
       ["--config.optimm.lr=1"],
       'error: the config has no key "optimm"; did you mean "optim"?',
     ),
+    (["--config.method.zzz=1"], "error: the config has no such key: "),
     (["--config=configs/none.py"], "error: --config=configs/none.py: no such"),
     (["--config=configs/selective.py:nowhere"], 'error: dataset.name is "nowh'),
     (["--config=configs/selective.py:market1501"], "error: dataset.root"),

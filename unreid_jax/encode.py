@@ -35,7 +35,7 @@ def load_encoder(path: str | os.PathLike) -> "Encoder":
   card = checkpoints.read_card(found)
   module = models.make(**card["encoder"])
   mesh = jax.sharding.get_mesh()
-  mesh = sharding.make_mesh() if mesh.empty else mesh
+  mesh = mesh if mesh.axis_names == (sharding.AXIS,) else sharding.make_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
   shape = (1, card["height"], card["width"], 3)
   shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
@@ -57,7 +57,7 @@ def make_apply(module: Any, card: dict, mesh: Mesh) -> Callable:
   return jax.jit(apply, out_shardings=NamedSharding(mesh, sharding.COPY))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Encoder:
   """A function from images to unit features; `load_encoder` opens one.
 
@@ -85,7 +85,7 @@ class Encoder:
 
     Args:
       images: an array u8[n, h, w, 3], or a list of arrays u8[h, w, 3] and of
-        paths; or one path. They are resized as the training images were.
+        paths; or one of these. They are resized as the training images were.
       batch_size: how many images the devices work on at a time; rounded up to
         a multiple of the number of devices.
       title: the name of this phase, where `progress` is shown.
@@ -100,7 +100,7 @@ class Encoder:
     images = _Sized(images, self.card["height"], self.card["width"])
     if not len(images):
       raise UserError("there is no image to encode: pass at least one")
-    size = -(-batch_size // self.mesh.size) * self.mesh.size
+    size = -(-max(batch_size, 1) // self.mesh.size) * self.mesh.size
     step = lambda variables, batch, _: (variables, self.apply(variables, batch))
     with jax.set_mesh(self.mesh):
       return encode(step, self.variables, images, size, title)[1]
@@ -119,7 +119,8 @@ def encode(
   Args:
     step: `step(carry, images, start) -> carry, features`.
     carry: what goes from batch to batch.
-    images: uint8 [n, h, w, 3], or what has such a `shape` and rows.
+    images: uint8 [n, h, w, 3], or an object with such a `shape` that returns
+      rows when it is indexed.
     batch_size: how many images a batch has, a multiple of the number of
       devices; the last batch is filled up with the first images.
     title: the name of this phase on the progress bar.
@@ -145,7 +146,8 @@ class _Sized:
   """Images of one size, which are read and resized when they are asked for."""
 
   def __init__(self, images, height, width):
-    is_one = isinstance(images, str | os.PathLike)
+    is_array = isinstance(images, np.ndarray) and images.ndim == 3
+    is_one = is_array or isinstance(images, str | os.PathLike)
     self._images = [images] if is_one else images
     self.shape = (len(self._images), height, width, 3)
 
@@ -159,7 +161,8 @@ class _Sized:
       return images[rows]
     with concurrent.futures.ThreadPoolExecutor() as pool:
       read = lambda row: _read(images[row], row, *size[:2])
-      return np.stack(list(pool.map(read, rows)))
+      once, back = np.unique(rows, return_inverse=True)
+      return np.stack(list(pool.map(read, once)))[back]
 
 
 def _read(image, row, height, width):
@@ -171,7 +174,8 @@ def _read(image, row, height, width):
     except Exception as error:  # each of Pillow's formats has its own
       raise UserError(f"{image} cannot be read as an image: {error}") from None
   image = np.asarray(image)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+  is_colour = image.ndim == 3 and image.shape[2] == 3 and image.size
+  if image.dtype != np.uint8 or not is_colour:
     raise UserError(
       f"image {row} is {image.dtype}{list(image.shape)}: pass uint8[h, w, 3], "
       "or a path"

@@ -45,9 +45,10 @@ def relabel(
       size = config.evaluate_batch_size
       return encoder(train_set.images, size, "encode train")
     order = np.arange(len(train_set.images))
-    np.random.default_rng(config.seed).shuffle(order)
+    np.random.default_rng(config.seed + epoch).shuffle(order)
+    first = epoch * len(order)
     run = lambda variables, images, start: parts.adapt(
-      variables, images, jax.random.fold_in(key, start)
+      variables, images, jax.random.fold_in(key, first + start)
     )
     variables, features = encode.encode(
       run, variables, train_set.images, config.batch_size, "encode train", order
@@ -86,7 +87,7 @@ def _is_usable(
   raise UserError(
     f"{labels.max(initial=-1) + 1} cluster(s) of {len(labels)} images, and two "
     "are needed: the features are all alike or all apart; start from "
-    "encoder.pretrained weights, or change method.k1 or method.min_samples"
+    "encoder.pretrained weights, or change how the method clusters"
   )
 
 

@@ -42,7 +42,7 @@ class TrainState:
 
   @property
   def training(self) -> dict[str, Any]:
-    """All else; the second part of a checkpoint."""
+    """Everything but the encoder; the second part of a checkpoint."""
     return {k: v for k, v in vars(self).items() if k not in self.variables}
 
 

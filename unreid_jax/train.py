@@ -18,7 +18,7 @@ from unreid_jax.relabel import make_refresh, relabel
 from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
-from unreid_jax.workdir.checkpoints import Checkpoints
+from unreid_jax.workdir.checkpoints import Checkpoints, check_version, find
 from unreid_jax.workdir.writer import Writer
 
 
@@ -38,8 +38,9 @@ def train(config: ConfigDict, path: str) -> None:
     stack.enter_context(jax.set_mesh(mesh))
     check(config, mesh.size)
     workdir = Workdir(path)
-    if stored := workdir.stored_config():
-      check_same(stored, config)
+    if earlier := workdir.newest("last"):
+      check_version(earlier)
+      check_same(workdir.stored_config(), config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
     images, camids = dataset.train.images, dataset.train.camids
@@ -141,10 +142,7 @@ def score(config: ConfigDict, path: str) -> None:
     stack.enter_context(jax.set_mesh(mesh))
     check(config, mesh.size)
     workdir = Workdir(path)
-    if not workdir.newest("last"):
-      raise UserError(
-        f"{path} holds no checkpoint: give the --workdir of a trained run"
-      )
+    find(path)
     writer = stack.enter_context(Writer(workdir))
     copies = NamedSharding(mesh, sharding.COPY)
     method = methods.make(**resolve(config, 1).method.to_dict())

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import numbers
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -52,7 +53,7 @@ class OneOf(NamedTuple):
 
 
 class Nested(NamedTuple):
-  """A section: from its values, the type of each of its keys."""
+  """Marks a section: `fields(values)` returns the type of each of its keys."""
 
   fields: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -72,7 +73,7 @@ Duration = Annotated[int, Range(0), DURATION]
 # it reports, not what it learns.
 Free = Annotated[T, FREE]
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(?: (step|epoch)s?)?")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: (step|epoch)s?)")
 _PLAIN = {  # what a value of a type is an instance of, and what it is called
   bool: (bool, "True or False"),
   str: (str, "a text"),
@@ -82,11 +83,15 @@ _PLAIN = {  # what a value of a type is an instance of, and what it is called
 
 
 class Checked:
-  """A dataclass whose values are checked by their types when it is made."""
+  """A dataclass whose values are checked by their types when it is made.
+
+  Its durations are numbers of steps.
+  """
 
   def __post_init__(self):
     names = [field.name for field in dataclasses.fields(self)]
-    check(fields(type(self)), {name: getattr(self, name) for name in names})
+    given = {name: getattr(self, name) for name in names}
+    check(fields(type(self)), given, in_steps=True)
 
 
 def fields(owner: Callable) -> dict[str, Any]:
@@ -95,18 +100,23 @@ def fields(owner: Callable) -> dict[str, Any]:
   return {name: kind for name, kind in kinds.items() if name != "return"}
 
 
-def check(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-  """Refuses, by a `BadValue`, the first value that its type does not allow."""
+def check(
+  kinds: Mapping[str, Any], values: Mapping[str, Any], in_steps: bool = False
+) -> None:
+  """Refuses, by a `BadValue`, the first value that its type does not allow.
+
+  With `in_steps`, a duration must be a number of steps.
+  """
   for key, value in values.items():
     if key not in kinds:
       raise BadValue(key, f"is unknown here; there are: {', '.join(kinds)}")
     with section(key):
       nested = nested_fields(kinds[key], value)
       if nested is not None:
-        check(nested, value)
-    if nested is None and (wanted := _objection(kinds[key], value)):
-      shown = f'"{value}"' if isinstance(value, str) else str(value)
-      raise BadValue(key, f"is {shown}: set it to {wanted}")
+        check(nested, value, in_steps)
+        continue
+    if wanted := _objection(kinds[key], value, in_steps):
+      raise BadValue(key, f"is {_show(value)}: set it to {wanted}")
 
 
 @contextlib.contextmanager
@@ -138,7 +148,9 @@ def steps(duration: int | str | tuple | list, steps_per_epoch: int) -> Any:
   """
   if isinstance(duration, tuple | list):
     return tuple(steps(one, steps_per_epoch) for one in duration)
-  number, unit = _DURATION.fullmatch(str(duration)).groups()
+  if not isinstance(duration, str):
+    return duration
+  number, unit = _DURATION.fullmatch(duration).groups()
   scale = steps_per_epoch if unit == "epoch" else 1
   return max(round(float(number) * scale), 1 if float(number) else 0)
 
@@ -148,29 +160,39 @@ def _mark(kind, of):
   return next((x for x in reversed(marks) if isinstance(x, of)), None)
 
 
-def _objection(kind, value) -> str | None:
+def _show(value) -> str:
+  return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _objection(kind, value, in_steps=False) -> str | None:
   """What the value should be instead, or None."""
   limits, one_of = _mark(kind, Range), _mark(kind, OneOf)
   plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
   if one_of or typing.get_origin(plain) is Literal:
     names = list(one_of.names() if one_of else typing.get_args(plain))
-    known = isinstance(value, str) and value in names
-    return None if known else " or ".join(f'"{name}"' for name in names)
+    known = any(type(x) is type(value) and x == value for x in names)
+    return None if known else " or ".join(map(_show, names))
   if typing.get_origin(plain) is tuple:
     item = typing.get_args(plain)[0]
     some = value if isinstance(value, tuple | list) else [None]
-    return next(filter(None, (_objection(item, x) for x in some)), None)
+    each = (_objection(item, x, in_steps) for x in some)
+    return next(filter(None, each), None)
   if has(kind, DURATION):
-    is_text = isinstance(value, str) and _DURATION.fullmatch(value)
-    is_right = is_text or _objection(Annotated[int, limits], value) is None
-    return None if is_right else 'a duration: "10 epochs" or "500 steps"'
-  if plain not in _PLAIN:
-    return None
+    is_text = isinstance(value, str) and not in_steps
+    number = (
+      steps(value, 1) if is_text and _DURATION.fullmatch(value) else value
+    )
+    is_right = _objection(Annotated[int, limits], number) is None
+    least = f" of {limits.low} step or more" if limits.low else ""
+    wanted = f'a duration{least}: "10 epochs" or "500 steps"'
+    return None if is_right else "a number of steps" if in_steps else wanted
+  if _mark(kind, Nested):
+    return "a section with keys of its own"
   instance, wanted = _PLAIN[plain]
-  fits = isinstance(value, instance) and isinstance(value, bool) == (
-    plain is bool
+  fits = isinstance(value, instance) and (
+    plain is bool or type(value) is not bool
   )
-  fits = fits and (plain is not float or math.isfinite(value))
+  fits = fits and (plain is not float or abs(value) <= sys.float_info.max)
   if fits and (limits is None or limits.holds(value)):
     return None
   return f"{wanted} {limits}" if limits else wanted

@@ -56,8 +56,8 @@ class Labels(NamedTuple):
   """Pseudo labels of all train images, and what else an epoch begins with.
 
   Attributes:
-    values: the label of each image, from 0; -1 is an outlier, which is not
-      trained on.
+    values: the label of each image, int32, from 0; -1 is an outlier, which is
+      not trained on.
     given: a pytree of arrays that `label` hands over to `refresh`, such as
       the features that the labels were made of.
     figures: numbers to be reported, by name.
@@ -79,7 +79,7 @@ class Proxies(NamedTuple):
   """A unit vector for each cluster, to which negatives can be related."""
 
   bank: Float[Array, "k d"]
-  num_clusters: Int[Array, ""]  # the first so many rows exist
+  num_clusters: Int[Array, ""]  # only the first so many rows are clusters
   temperature: float
 
 
@@ -98,8 +98,8 @@ class Encode(Protocol):
   def __call__(self, train: bool = False) -> Features:
     """With `train`, the pass is one in training mode.
 
-    The images come shuffled and augmented, batch norm uses their statistics,
-    and its running ones move on.
+    The images come shuffled and augmented, batch norm uses the statistics of
+    each batch, and its running statistics are updated.
     """
 
 
@@ -143,9 +143,9 @@ class Step(Protocol):
   """The loss of a batch, and the state after it; called in each step.
 
   The gradient of the loss is taken in the features. A method with `proxies`
-  takes a further argument, `negatives`: logits [b, e] that are added to the
-  denominator of its loss, -inf where there is none; and it reports what they
-  add to the loss as the figure "loss_negatives".
+  takes a further argument, `negatives=None`: logits [b, e] that are added to
+  the denominator of its loss, -inf where there is none. If it gets some, it
+  reports what they add to the loss as the figure "loss_negatives".
   """
 
   def __call__(
@@ -154,7 +154,8 @@ class Step(Protocol):
     """Returns the loss, and as auxiliary output the next state and figures.
 
     Args:
-      state: the method's. Banks are written from their values before the step.
+      state: the method's. The loss and every write read a bank as it was
+        before the step.
       features: what the encoder has made of the batch.
       batch: whose images these are, and where the run is.
       key: random; another one in each step.
@@ -191,8 +192,9 @@ class Method(NamedTuple):
 
   Attributes:
     init, label, refresh, step, distance: see the protocol of each.
-    notes: lines for the user at an epoch's end, from the means of the figures
-      of `step`; if there are any, the means are written to metrics.jsonl.
+    notes: lines for the user at an epoch's end, from the means of the loss and
+      of the figures of `step`; if there are any lines, the means are written to
+      metrics.jsonl.
     proxies: the clusters' proxies in a state. A method that has them can be
       wrapped by one that adds negatives to its loss; see `Step`.
   """
@@ -216,7 +218,8 @@ def size_of(features: Features) -> tuple[int, int]:
   if isinstance(features, dict):
     raise UserError(
       "this method takes one feature an image, and the encoder returns "
-      f'{" and ".join(features)} ones: set encoder.head to "neck"'
+      f'{" and ".join(features)} ones: set encoder.head to "neck", or choose '
+      "the method that the encoder was trained with"
     )
   return features.shape
 
@@ -244,7 +247,7 @@ def make(name: str, **hyperparameters: Any) -> Method:
     UserError: there is no such method, or no such hyper-parameter, or it cannot
       have that value.
   """
-  values.check(fields({"name": name}), hyperparameters)
+  values.check(fields({"name": name}), hyperparameters, in_steps=True)
   return _module(name).make(**hyperparameters)
 
 

@@ -238,7 +238,8 @@ def _check(features):
   if not isinstance(features, dict):
     raise UserError(
       "selective takes features of the stripes of an image too: set "
-      'encoder.head to "stripes"'
+      'encoder.head to "stripes", or choose the method that the encoder was '
+      "trained with"
     )
 
 

@@ -57,7 +57,7 @@ class State:
   bank: Float[Array, "k d"]
   labels: Int[Array, " k"]
   sizes: Int[Array, " k"]  # how many rows each class has
-  threshold: Float[Array, ""]  # of independence; NaN: not yet set
+  threshold: Float[Array, ""]  # of independence; NaN before any clustering
 
 
 def make(**hyperparameters) -> Method:

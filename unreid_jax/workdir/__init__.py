@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import jax
 from ml_collections import ConfigDict
 
+from unreid_jax import UserError
+
 
 class Workdir:
   """The folder of a run.
@@ -19,7 +21,7 @@ class Workdir:
     metrics: a JSON object a line: losses, clusters, scores.
     log: what stood on the terminal, with the time.
     events: TensorBoard's folder.
-    features: the features of a train set that has no queries.
+    features: the features of the train set, if the data set has no queries.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -40,11 +42,16 @@ class Workdir:
     steps = [int(x.name) for x in found if x.name.isdigit()]
     return self.checkpoints(which) / str(max(steps)) if steps else None
 
-  def stored_config(self) -> dict[str, Any] | None:
-    """The config of the run in this folder; None before its first save."""
-    if not self._config.exists() or not self.newest("last"):
-      return None
-    return json.loads(self._config.read_text())
+  def stored_config(self) -> dict[str, Any]:
+    """The config of the run in this folder; empty without any."""
+    if not self._config.exists():
+      return {}
+    try:
+      return json.loads(self._config.read_text())
+    except ValueError as error:
+      raise UserError(
+        f"{self._config} is damaged ({error}): delete it to go on without it"
+      ) from None
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""

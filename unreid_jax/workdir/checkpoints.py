@@ -1,5 +1,6 @@
 """Checkpoints through Orbax, in two parts: the encoder, and the training."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -64,12 +65,12 @@ class Checkpoints:
 
   def restore(self, which: str, like: Any) -> Any:
     """The `TrainState`, with the shapes and shardings of another one."""
-    _check_version(self._workdir.newest(which))
     args = ocp.args.Composite(
       encoder=ocp.args.StandardRestore(_abstract(like.variables)),
       training=ocp.args.StandardRestore(_abstract(like.training)),
     )
-    found = self._managers[which].restore(self.step(which), args=args)
+    with _whole(self._workdir.newest(which)):
+      found = self._managers[which].restore(self.step(which), args=args)
     return like.replace(**found["encoder"], **found["training"])
 
 
@@ -84,38 +85,51 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     UserError: there is no checkpoint.
   """
   path = pathlib.Path(path).expanduser().resolve()
-  if path.name.isdigit() and path.is_dir():
-    found = path
-  elif path.parent.name == "checkpoints":
+  found = Workdir(path).newest("last")
+  if not found and path.parent.name == "checkpoints":
     found = Workdir(path.parent.parent).newest(path.name)
-  else:
-    found = Workdir(path).newest("last")
-  if found is None:
+  if not found and path.parent.parent.name == "checkpoints" and path.is_dir():
+    found = path
+  if not found:
     raise UserError(
       f"{path} holds no checkpoint: give a workdir in which a run has saved one"
     )
-  _check_version(found)
+  check_version(found)
   return found
 
 
 def read_card(checkpoint: pathlib.Path) -> dict[str, Any]:
   """What builds the encoder of a checkpoint."""
-  return json.loads((checkpoint / "card" / "metadata").read_text())
+  with _whole(checkpoint):
+    return json.loads((checkpoint / "card" / "metadata").read_text())
 
 
 def read_encoder(checkpoint: pathlib.Path, like: PyTree) -> PyTree:
   """The encoder's arrays, with the shapes and shardings of `like`."""
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _whole(checkpoint), ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(checkpoint / "encoder", _abstract(like))
 
 
-def _abstract(tree):
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-
-
-def _check_version(checkpoint: pathlib.Path) -> None:
-  if not (checkpoint / "card").is_dir():
+def check_version(checkpoint: pathlib.Path) -> None:
+  """Refuses a checkpoint whose parts are not those of this version."""
+  if (checkpoint / "default").is_dir():
     raise UserError(
       f"{checkpoint} was written by an earlier version of unreid_jax, whose "
       "checkpoints had one part: train again in another --workdir"
     )
+
+
+@contextlib.contextmanager
+def _whole(checkpoint):
+  """Whatever goes wrong in it is the damaged checkpoint's fault."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().partition("\n")[0][:200]
+    raise UserError(
+      f"{checkpoint} is damaged ({reason}): delete it, or copy it again"
+    ) from None
+
+
+def _abstract(tree):
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

@@ -60,10 +60,10 @@ class Hyperparameters(values.Checked):
     hardness: "non_saturating", as above, or "min_max", the encoder's own loss
       of the pair with the sign turned, whose pull does not fade when the
       negative is nearer than the positive.
-    hardness_weight: a.
-    identity_weight: b; without it and without a radius the generator collapses
-      onto the anchor.
-    proximity_weight: c.
+    hardness_weight: a, the weight of the hardness.
+    identity_weight: b, the weight of the identity; without it and without a
+      radius the generator collapses onto the anchor.
+    proximity_weight: c, the weight of the proximity.
     radius: the trust region: how far a negative may move from its proxy; 0 sets
       no limit.
     generated_weight: eta, after the ramp.
@@ -72,8 +72,8 @@ class Hyperparameters(values.Checked):
     ramp: steps in which eta grows to its value thereafter.
     alternate: "iteration": the generator steps after each step of the encoder,
       on the same features; "epoch": it is trained before each epoch, on the
-      features of all images, while the encoder stands still; then one step,
-      the default, is next to nothing.
+      features of all images, while the encoder stands still. Then
+      generator_steps should be about an epoch; one step trains next to nothing.
     generator_steps: how many steps the generator takes each time.
     phase_batch_size: the number of anchors in a step of such an epoch.
     generator_width: the width of its hidden layers.
@@ -158,7 +158,7 @@ def make(**hyperparameters) -> Method:
     refresh=bind(refresh, hp, base),
     step=bind(step, hp, base),
     distance=base.distance,
-    notes=bind(notes, hp),
+    notes=lambda means: base.notes(means) + notes(hp, means),
   )
 
 
