@@ -32,7 +32,7 @@ def make(
   Args:
     name: the algorithm; Adam has betas 0.9 and 0.999 and eps 1e-8.
     weight_decay: the share of a parameter that is added to its gradient.
-    momentum, nesterov: of SGD; Adam ignores them.
+    momentum, nesterov: what SGD does with earlier gradients; Adam ignores it.
     lr, **schedule: see `step_decay`.
   """
   return optax.chain(

@@ -44,7 +44,7 @@ def load(
 
   Args:
     name: "synthetic", "folder", or a module of `data.datasets`.
-    height, width: of every image, in pixels.
+    height, width: the size of every image, in pixels.
     root: the unpacked set, the folder that holds it, or its zip. For "folder",
       a directory of crops, in which each sub-folder is a camera: it has a train
       split only, without identities (pid -1).

@@ -29,11 +29,11 @@ def plan(
   """The positions of the images of each step of an epoch.
 
   Args:
-    labels, camids: of each train image; a negative label is an outlier.
+    labels, camids: one for each train image; a negative label is an outlier.
     epoch: counted from 0.
     batch_size: the number of images in a step.
     steps: the number of steps in the epoch.
-    seed: of the run.
+    seed: the seed of the run, which with the epoch draws everything.
     num_instances: how many images of a cluster stand in a batch, see
       `by_cluster`; with 0, or if no two images share a label, see `shuffled`.
     other_camera: see `by_cluster`.

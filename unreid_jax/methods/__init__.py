@@ -31,7 +31,9 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from unreid_jax import UserError, values
 
+Figures = dict[str, Float[Array, ""]]
 State = Any  # a pytree of arrays: a method's banks, networks and optimizers
+StepResult = tuple[Float[Array, ""], tuple[State, Figures]]
 Features = PyTree  # what the encoder returns: unit [b, d], or a dict of such
 
 
@@ -150,7 +152,7 @@ class Step(Protocol):
 
   def __call__(
     self, state: State, features: Features, batch: Batch, key: Array
-  ) -> tuple[Float[Array, ""], tuple[State, dict[str, Float[Array, ""]]]]:
+  ) -> StepResult:
     """Returns the loss, and as auxiliary output the next state and figures.
 
     Args:

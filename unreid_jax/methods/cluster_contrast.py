@@ -16,7 +16,16 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
-from unreid_jax.methods import Batch, Labels, Method, Proxies, one_each, size_of
+from unreid_jax.methods import (
+  Batch,
+  Figures,
+  Labels,
+  Method,
+  Proxies,
+  StepResult,
+  one_each,
+  size_of,
+)
 from unreid_jax.pseudo_labels.clustering import (
   Clustering,
   cluster,
@@ -104,7 +113,9 @@ def refresh(state: State, labels, given, key) -> State:
   )
 
 
-def step(hp, state: State, features, batch: Batch, key, negatives=None):
+def step(
+  hp, state: State, features, batch: Batch, key, negatives=None
+) -> StepResult:
   """Cross-entropy of a feature's cluster, then the centroids move."""
   del key
   features = memory.normalize(features)  # as in the reference
@@ -115,7 +126,9 @@ def step(hp, state: State, features, batch: Batch, key, negatives=None):
   return loss, (state.replace(centroids=centroids), figures)
 
 
-def loss_of(hp, logits, state, batch: Batch, negatives):
+def loss_of(
+  hp, logits, state, batch: Batch, negatives
+) -> tuple[Float[Array, ""], Figures]:
   """Cross-entropy of logits [b, k], and what other negatives add to it."""
   rest = state.num_clusters, hp.label_smoothing
   loss = losses.cross_entropy(logits, batch.labels, *rest)

@@ -40,7 +40,7 @@ from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import memory
-from unreid_jax.methods import Batch, Labels, Method, one_each, spcl
+from unreid_jax.methods import Batch, Labels, Method, StepResult, one_each, spcl
 from unreid_jax.pseudo_labels import false_negatives
 from unreid_jax.pseudo_labels.clustering import Clustering, cluster
 from unreid_jax.pseudo_labels.self_paced import check_gap, outliers_alone
@@ -136,7 +136,9 @@ def label(hp, state: State, encode, split, epoch: int) -> Labels:
   return Labels(labels, given, figures, found.seconds, found.notes)
 
 
-def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+def step(
+  hp: Hyperparameters, state: State, features, batch: Batch, key
+) -> StepResult:
   """The hybrid contrast (see the top of the file), then SpCL's writes."""
   logits = memory.similarities(state.bank, features) / hp.temperature
   proxies = spcl.class_means(state, logits)

@@ -26,7 +26,13 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import memory
-from unreid_jax.methods import Batch, Method, cluster_contrast, size_of
+from unreid_jax.methods import (
+  Batch,
+  Method,
+  StepResult,
+  cluster_contrast,
+  size_of,
+)
 from unreid_jax.methods.cluster_contrast import loss_of
 from unreid_jax.pseudo_labels.clustering import Clustering
 from unreid_jax.values import BelowOne, Count, Fraction, InsideUnit, Positive
@@ -118,7 +124,7 @@ def refresh(hp: Hyperparameters, state: State, labels, given, key) -> State:
 
 def two_rows_step(
   hp, state: State, features, batch: Batch, key, negatives=None
-):
+) -> StepResult:
   """Cross-entropies against the hard and the mean rows; each moves once."""
   del key
   logits = [
@@ -135,7 +141,7 @@ def two_rows_step(
 
 def instances_step(
   hp, state: State, features, batch: Batch, key, negatives=None
-):
+) -> StepResult:
   """Cross-entropies against the hardest instances and the centroids.
 
   Then the batch's mean moves the centroids, and the j-th feature of a cluster

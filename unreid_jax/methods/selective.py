@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from unreid_jax import UserError, losses, memory, values
-from unreid_jax.methods import Batch, Labels, Method, one_each
+from unreid_jax.methods import Batch, Labels, Method, StepResult, one_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,9 @@ def refresh(state: State, labels, given, key) -> State:
   )
 
 
-def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+def step(
+  hp: Hyperparameters, state: State, features, batch: Batch, key
+) -> StepResult:
   """Multi-positive loss of both branches, then the writes to the three banks.
 
   The loss is that of the mixture bank before the step. Its gradient is the

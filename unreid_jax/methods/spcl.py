@@ -18,7 +18,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import losses, memory
-from unreid_jax.methods import Batch, Labels, Method, one_each, size_of
+from unreid_jax.methods import (
+  Batch,
+  Labels,
+  Method,
+  StepResult,
+  one_each,
+  size_of,
+)
 from unreid_jax.pseudo_labels.clustering import Clustering, cluster
 from unreid_jax.pseudo_labels.self_paced import check_gap, refine
 from unreid_jax.values import BelowOne, NotNegative, Positive
@@ -126,7 +133,9 @@ def refresh(state, labels, given, key):
   )
 
 
-def step(hp: Hyperparameters, state: State, features, batch: Batch, key):
+def step(
+  hp: Hyperparameters, state: State, features, batch: Batch, key
+) -> StepResult:
   """Softmax over the classes' mean similarities, then the writes."""
   del key
   logits = memory.similarities(state.bank, features) / hp.temperature

@@ -50,7 +50,7 @@ def make(
     head: "neck" as in Cluster Contrast, or "stripes" as in Pang et al.
     pooling: the average, or GeM with a learnable power.
     bn_group_size, bn_running: see `norm.GhostBatchNorm`.
-    embedding_dim, stripe_dim, num_stripes: of the head "stripes".
+    embedding_dim, stripe_dim, num_stripes: sizes of the head "stripes".
     dtype: the dtype of the backbone's computation.
 
   Raises:

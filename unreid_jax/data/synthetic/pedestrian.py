@@ -136,7 +136,7 @@ def draw(
     canvas: the image so far.
     person: who is painted.
     foot: x and y of the place where the person stands, in pixels.
-    height: of the person, in pixels.
+    height: how tall the person is, in pixels.
     heading: where the person walks, in radians; 0: to the camera, pi: away.
     pitch: by how much the camera looks down, in radians.
     phase: how far the person is in the walking cycle, in radians.

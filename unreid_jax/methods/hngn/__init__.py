@@ -41,7 +41,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from unreid_jax import memory, methods, optim, sharding, values
-from unreid_jax.methods import Batch, Labels, Method, Proxies
+from unreid_jax.methods import Batch, Labels, Method, Proxies, StepResult
 from unreid_jax.methods.hngn import negatives
 from unreid_jax.methods.hngn.generator import Generator, interpolate
 
@@ -229,7 +229,9 @@ def refresh(hp, base: Method, state: State, labels, given, key) -> State:
   return state.replace(generator=generator)
 
 
-def step(hp, base: Method, state: State, features, batch: Batch, key):
+def step(
+  hp, base: Method, state: State, features, batch: Batch, key
+) -> StepResult:
   """The wrapped method's step, with generated negatives; the generator's steps.
 
   The generator learns from the features and the memory that the encoder's
