@@ -333,13 +333,16 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
 
 
 def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
-  with pytest.raises(UserError, match="holds no checkpoint: give the --workd"):
+  with pytest.raises(UserError, match="holds no checkpoint: give a workdir in"):
     train.score(tiny_config(), str(tmp_path))
   old = tmp_path / "checkpoints" / "last" / "4" / "default"
   old.mkdir(parents=True)
+  Workdir(tmp_path).write_config(tiny_config())
+  before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
   for use_it in (train.train, train.score):
     with pytest.raises(UserError, match=r"earlier version.*another --workdir"):
       use_it(tiny_config(), str(tmp_path))
+  assert before == {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
 
 
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
