@@ -332,6 +332,20 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
     assert row == {name: known[name] for name in row}
 
 
+def test_another_number_of_train_images(dataset, monkeypatch, tmp_path):
+  """The run is refused, and what it has saved stays."""
+  config = tiny_config(epochs=1)
+  train.train(config, str(tmp_path))
+  saved = saved_arrays(tmp_path)
+  fewer = tiny_split(np.random.default_rng(0), 100)
+  use(monkeypatch, dataset._replace(train=fewer))
+  config.epochs = 2
+  with pytest.raises(UserError, match="another number of train images"):
+    train.train(config, str(tmp_path))
+  for a, b in zip(saved, saved_arrays(tmp_path), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
   with pytest.raises(UserError, match="holds no checkpoint: give a workdir in"):
     train.score(tiny_config(), str(tmp_path))

@@ -121,13 +121,14 @@ def check_version(checkpoint: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _whole(checkpoint):
-  """Whatever goes wrong in it is the damaged checkpoint's fault."""
+  """Whatever goes wrong in it, the checkpoint and what is asked for differ."""
   try:
     yield
   except Exception as error:
     reason = str(error).strip().partition("\n")[0][:200]
     raise UserError(
-      f"{checkpoint} is damaged ({reason}): delete it, or copy it again"
+      f"{checkpoint} cannot be restored ({reason}): it is damaged, or belongs "
+      "to another encoder or another number of train images"
     ) from None
 
 
