@@ -17,11 +17,13 @@ import ctypes
 import math
 import multiprocessing
 import pathlib
+import sys
 import time
 
 import numpy as np
 from sklearn.cluster import DBSCAN
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from unreid_jax.pseudo_labels import dbscan, jaccard_from_neighbors, neighbors
 from unreid_jax.pseudo_labels.neighbors import search
 from unreid_jax.ranking import rerank

@@ -8,13 +8,16 @@ of three runs, and the three functions take turns.
 """
 
 import argparse
+import pathlib
 import resource
+import sys
 import time
 
 import numba
 import numpy as np
 from sklearn.metrics import average_precision_score
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from unreid_jax.ranking import evaluate_rank
 
 MAX_RANK = 50
