@@ -11,7 +11,7 @@ ResNet-50 with GeM, mAP / R1: Market-1501 82.1 / 92.3, DukeMTMC-reID 72.6 /
 84.9, MSMT17 27.6 / 56.0. Their log of 87.0 / 94.6 on Market-1501 is another
 recipe:
 
-  --config.encoder.arch=resnet50_ibn_a --config.method.update=hardest
+  --config.encoder.arch=resnet50_ibn_a --config.method.bank_update=hardest
   --config.method.eps=.4 --config.steps_per_epoch=400
 
 InfoMap instead of DBSCAN (83.0 / 92.9 on Market-1501): --config.method.k1=15

@@ -66,6 +66,6 @@ def _like_ise(config):
     return
   config.epochs = 70
   config.optim.milestones = ("30 epochs", "60 epochs")
-  config.method.update = "hardest"
+  config.method.bank_update = "hardest"
   config.method.momentum = 0.2
   config.method.eps = 0.4

@@ -59,6 +59,18 @@ def test_every_number_has_a_range_and_every_key_a_type(name):
         values.check(config.kinds(), below)
 
 
+def test_no_key_hides_a_method_of_the_config():
+  """`--config.method.update=x` would be refused: `ConfigDict.update` is one."""
+
+  sections = [methods.fields({"name": name}) for name in methods.names()]
+  kinds = config.kinds()
+  given = {"name": "hhcl"}
+  sections += [values.nested_fields(x, given) or {} for x in kinds.values()]
+  keys = {*kinds, *(key for section in sections for key in section)}
+  assert {"optim", "lr", "bank_update", "base"} <= keys
+  assert not keys & set(dir(ConfigDict))
+
+
 def flat(made):
   return list(config._leaves(config.kinds(), made.to_dict()))
 

@@ -251,7 +251,7 @@ def test_loss_and_gradient_of_the_encoder(share, num, temperature):
 
 
 BASES = [
-  {"name": "cluster_contrast", "update": "hardest"},
+  {"name": "cluster_contrast", "bank_update": "hardest"},
   {"name": "hhcl", "loss_weights": "convex"},
   {"name": "hhcl", "memory": "instances", "num_instances": 3},
   {"name": "supervised"},
@@ -543,8 +543,8 @@ def test_bad_values():
     ({"radius": -1.0}, "^radius is -1.0: set it to a number of 0 or more"),
     ({"warmup": -1}, "^warmup is -1: set it to a number of steps"),
     (
-      {"base": {"name": "hhcl", "update": "momentum"}},
-      "^base.update is unknown here; there are: name, clustering",
+      {"base": {"name": "hhcl", "bank_update": "momentum"}},
+      "^base.bank_update is unknown here; there are: name, clustering",
     ),
     ({"base": {"name": "spcl"}}, 'base.name is "spcl", whose loss takes no'),
     (

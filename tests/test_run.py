@@ -48,7 +48,7 @@ def run_command(arguments, log):
     ),
     (
       ["--config=configs/hngn.py", "--config.method.base.name=hhcl"],
-      "error: method.base.update is unknown here; there are: name, ",
+      "error: method.base.bank_update is unknown here; there are: name, ",
     ),
     (
       ["--config=configs/hngn.py", "--config.method.base.name=spcl"],

@@ -43,7 +43,7 @@ class Hyperparameters(Clustering):
   Attributes:
     temperature: divides the similarities; the result are the logits.
     momentum: the weight of the old centroid: .1 nearly replaces it.
-    update: which features of a batch move a centroid: "momentum", each of its
+    bank_update: which features of a batch move a centroid: "momentum", each of its
       cluster's in the order of the batch (the authors' CM), or "hardest", the
       one that is least similar to it (CM_Hard, their `--use-hard`).
     label_smoothing: see `losses.cross_entropy`; not in the authors' code.
@@ -51,7 +51,7 @@ class Hyperparameters(Clustering):
 
   temperature: Positive = 0.05
   momentum: BelowOne = 0.1
-  update: Literal["momentum", "hardest"] = "momentum"
+  bank_update: Literal["momentum", "hardest"] = "momentum"
   label_smoothing: BelowOne = 0.0
 
 
@@ -122,7 +122,7 @@ def step(
   logits = memory.similarities(state.centroids, features) / hp.temperature
   loss, figures = loss_of(hp, logits, state, batch, negatives)
   write = batch.labels, features, hp.momentum
-  centroids = _WRITES[hp.update](state.centroids, *write)
+  centroids = _WRITES[hp.bank_update](state.centroids, *write)
   return loss, (state.replace(centroids=centroids), figures)
 
 

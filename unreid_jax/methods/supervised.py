@@ -21,7 +21,7 @@ class Hyperparameters(Checked):
 
   temperature: Positive = 0.05
   momentum: BelowOne = 0.1
-  update: Literal["momentum", "hardest"] = "momentum"
+  bank_update: Literal["momentum", "hardest"] = "momentum"
   label_smoothing: BelowOne = 0.0
 
 
