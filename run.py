@@ -7,13 +7,12 @@ whatever way, goes on when it is started again with the same command.
 import pathlib
 import re
 import sys
+import traceback
 
-import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from unreid_jax import UserError
-from unreid_jax.train import Interrupted, score, train
+from unreid_jax import UserError, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE:DATASET for a data set."
@@ -27,10 +26,13 @@ _MODE = flags.DEFINE_enum(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Call jax.distributed.initialize: several hosts."
 )
-_STOPPED = 75  # the exit status of a run that was told to stop and can go on
 
 
 def main(argv: list[str]) -> None:
+  import jax  # not earlier: it takes seconds, in which a signal may come
+
+  from unreid_jax import train
+
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
     if len(argv) > 1:
@@ -40,31 +42,47 @@ def main(argv: list[str]) -> None:
     config = _config()
     workdir = _WORKDIR.value
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
-    {"train": train, "evaluate": score}[_MODE.value](config, workdir)
+    modes = {"train": train.train, "evaluate": train.score}
+    modes[_MODE.value](config, workdir)
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _fail(error)
   except OSError as error:
     if not error.filename:
       raise
-    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-    sys.exit(2)
-  except Interrupted as stopped:
+    _fail(f"{error.filename}: {error.strerror}")
+  except preemption.Interrupted as stopped:
     print(f"{stopped}; the same command goes on", file=sys.stderr)
-    sys.exit(_STOPPED)
+    sys.exit(preemption.STATUS)
 
 
 def _config():
   """The config, or in one line why there is none."""
-  config = _CONFIG.value
-  if config is None:
+  from unreid_jax.config import kinds
+
+  path = _config_file(sys.argv)
+  if not path:
     raise UserError("say what to run: --config=configs/selective.py")
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  path = pathlib.Path(name.partition(":")[0])
-  if not path.is_file():
+  if not pathlib.Path(path).is_file():
     raise UserError(f"--config={path}: no such file")
-  config.seed  # noqa: B018 - what went wrong in the file is raised here
+  config = _CONFIG.value
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"{path}: get_config() returns no ConfigDict")
+  try:
+    given = config.to_dict()  # what went wrong in the file is raised here
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(_in_config(error)) from None
+  missing = [key for key in kinds() if key not in given]
+  if missing:
+    raise UserError(f"{path}: no {missing[0]}: begin with configs/default.py")
   return config
+
+
+def _config_file(argv):
+  """The path in --config=PATH:ARGUMENT."""
+  given = re.findall(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.M)
+  return given[-1] if given else None
 
 
 def _parse(argv):
@@ -75,13 +93,41 @@ def _parse(argv):
     text = str(error).strip().splitlines()[-1]
     text = text.removeprefix("unreid_jax.UserError: ")
   except (AttributeError, KeyError) as error:
-    hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', str(error))
-    text = f"the config has no such key: {str(error).strip()}"
-    if hint:
-      text = f'the config has no key "{hint[2]}"; did you mean "{hint[1]}"?'
-  print(f"error: {text}", file=sys.stderr)
+    text = _unknown_key(str(error), argv) or _in_config(error)
+  except Exception as error:
+    text = _in_config(error)
+  _fail(text)
+
+
+def _unknown_key(reason, argv):
+  """A line about the override of a key that there is not, if it is one."""
+  hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', reason)
+  name = re.search(r'lookup: ([\w.]+)|instead of "(\w+)|^"\'(\w+)\'"$', reason)
+  name = name and name[name.lastindex]
+  for override in re.findall(r"--?config\.([\w.]+)", "\n".join(argv)):
+    if name in (override, *override.split(".")):
+      meant = f'; did you mean "{hint[1]}"?' if hint else ""
+      return f'the config has no key "{override}"{meant}'
+  return None
+
+
+def _in_config(error):
+  """A line that says where in a config file something went wrong."""
+  file, line, text = _config_file(sys.argv), None, str(error)
+  for place in traceback.extract_tb(error.__traceback__):
+    if pathlib.Path(place.filename).resolve() == pathlib.Path(file).resolve():
+      line = place.lineno
+  if isinstance(error, SyntaxError):
+    file, line, text = error.filename, error.lineno, error.msg
+  place = f"{file}, line {line}" if line else file
+  return f"{place}: {type(error).__name__}: {text}"
+
+
+def _fail(line):
+  print(f"error: {line}", file=sys.stderr)
   sys.exit(2)
 
 
 if __name__ == "__main__":
+  preemption.exit_on_signals()
   app.run(main, flags_parser=_parse)

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint(trained, tmp_path, lost):
   shutil.copytree(trained[0], tmp_path / "run")
   path = tmp_path / "run" / "checkpoints" / "last" / "4" / lost
   shutil.rmtree(path) if path.is_dir() else path.write_text("{")
-  with pytest.raises(UserError, match=r"last/4 cannot be restored \("):
+  with pytest.raises(UserError, match=r"last/4.* (cannot be|is)"):
     load_encoder(tmp_path / "run")
 
 

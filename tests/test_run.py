@@ -27,13 +27,14 @@ def run_command(arguments, log):
   [
     (
       ["--config.optim.lrr=1"],
-      'error: the config has no key "lrr"; did you mean "lr"?',
+      'error: the config has no key "optim.lrr"; did you mean "lr"?',
     ),
     (
       ["--config.optimm.lr=1"],
-      'error: the config has no key "optimm"; did you mean "optim"?',
+      'error: the config has no key "optimm.lr"; did you mean "optim"?',
     ),
-    (["--config.method.zzz=1"], "error: the config has no such key: "),
+    (["--config.method.zzz=1"], 'error: the config has no key "method.zzz"'),
+    (["--config.optim.lr.x=1"], 'error: the config has no key "optim.lr.x"'),
     (["--config=configs/none.py"], "error: --config=configs/none.py: no such"),
     (["--config=configs/selective.py:nowhere"], 'error: dataset.name is "nowh'),
     (["--config=configs/selective.py:market1501"], "error: dataset.root"),
@@ -52,7 +53,7 @@ def run_command(arguments, log):
     ),
     (
       ["--config=configs/hngn.py", "--config.method.base.name=spcl"],
-      "error: method.base.label_smoothing is unknown here; there are: name, ",
+      "error: method.base.bank_update is unknown here; there are: name, ",
     ),
     (
       [

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from unreid_jax import UserError, sharding, step, train
 from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
 from unreid_jax.methods import cluster_contrast
+from unreid_jax.models.backbones import resnet
 from unreid_jax.pseudo_labels.clustering import Clusters
 from unreid_jax.state import first_state, make_parts
 from unreid_jax.workdir import Workdir
@@ -289,7 +291,7 @@ def test_more_clusters_than_the_bank_has_room_for():
 def test_a_workdir_belongs_to_one_config(tmp_path):
   config = tiny_config()
   Workdir(tmp_path).write_config(config)
-  (tmp_path / "checkpoints" / "last" / "4").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "last" / "4" / "card").mkdir(parents=True)
   config.optim.lr = 1.0
   with pytest.raises(UserError, match=r"optim.lr=0.00035, but this one has 1"):
     train.train(config, str(tmp_path))
@@ -332,18 +334,91 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
     assert row == {name: known[name] for name in row}
 
 
-def test_another_number_of_train_images(dataset, monkeypatch, tmp_path):
-  """The run is refused, and what it has saved stays."""
+def test_other_train_images(dataset, monkeypatch, tmp_path):
+  """Added, removed, renamed, replaced: the run is refused, and loses nothing."""
   config = tiny_config(epochs=1)
   train.train(config, str(tmp_path))
-  saved = saved_arrays(tmp_path)
-  fewer = tiny_split(np.random.default_rng(0), 100)
-  use(monkeypatch, dataset._replace(train=fewer))
+  saved = contents(tmp_path)
   config.epochs = 2
-  with pytest.raises(UserError, match="another number of train images"):
-    train.train(config, str(tmp_path))
-  for a, b in zip(saved, saved_arrays(tmp_path), strict=True):
-    np.testing.assert_array_equal(a, b)
+  split = dataset.train
+  for other, what in (
+    (tiny_split(np.random.default_rng(0), 100), "130 then, 100 now"),
+    (split._replace(names=("x", *split.names[1:])), "their names, cameras or"),
+    (split._replace(camids=split.camids + 1), "their names, cameras or pix"),
+    (split._replace(images=255 - split.images), "their names, cameras or pix"),
+  ):
+    use(monkeypatch, dataset._replace(train=other))
+    with pytest.raises(UserError, match=rf"last/4 was trained on .*{what}"):
+      train.train(config, str(tmp_path))
+    assert contents(tmp_path) == saved
+
+
+def contents(workdir):
+  """Every file of a workdir but the log and the lock."""
+  files = [x for x in workdir.rglob("*") if x.is_file()]
+  return {x: x.read_bytes() for x in files if x.name not in ("log.txt", ".lock")}
+
+
+@pytest.mark.parametrize("gone", ["last", "last/*"])
+def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
+  """It is refused with any config, and its best encoder and metrics stay."""
+  config = tiny_config(epochs=1)
+  train.train(config, str(tmp_path))
+  for path in (tmp_path / "checkpoints").glob(gone):
+    shutil.rmtree(path)
+  left = contents(tmp_path)
+  for lr in (config.optim.lr, 1.0):
+    config.optim.lr = lr
+    with pytest.raises(UserError, match="checkpoints/last is gone, and without"):
+      train.train(config, str(tmp_path))
+  assert contents(tmp_path) == left
+  train.score(config, str(tmp_path))  # the best one is still of use
+
+
+@pytest.mark.parametrize(
+  "name, text, line",
+  [
+    ("metrics.jsonl", b"{}\n", "^line 1 of .*metrics.jsonl has no step or kind"),
+    ("metrics.jsonl", b"\xff\0\n", "^line 1 of .*metrics.jsonl is damaged"),
+    ("metrics.jsonl", b'{"step": "1", "kind": ""}\n', "^line 1 of .* no step"),
+    ("config.json", b"[1]", "config.json is damaged .it is no JSON object"),
+    ("config.json", b"\xff", "config.json is damaged"),
+    ("config.json", b"", "config.json is damaged"),
+    ("checkpoints/last/99/x", b"", "last/99 is no checkpoint: move it away"),
+    ("checkpoints/last/4/card/metadata", b"{", "card/metadata is damaged"),
+    ("checkpoints/last/4/encoder/manifest.ocdbt", b"x", "last/4 cannot be rest"),
+    ("checkpoints/last/4/training/_METADATA", b"x", "last/4 cannot be restored"),
+  ],
+)
+def test_a_damaged_workdir(finished, tmp_path, name, text, line):
+  """One line names the file, and nothing else is touched."""
+  workdir, config, run = finished
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  (copy / name).parent.mkdir(exist_ok=True)
+  (copy / name).write_bytes(text)
+  before = contents(copy)
+  with pytest.raises(UserError, match=line) as refused:
+    run(config, str(copy))
+  assert "\n" not in str(refused.value)
+  assert contents(copy) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A workdir, its config, and a function that trains on the same images."""
+  workdir = tmp_path_factory.mktemp("finished")
+  rng = np.random.default_rng(0)
+  dataset = Dataset(*(tiny_split(rng, num) for num in (130, 8, 16)))
+
+  def run(config, path):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(resnet._DEPTHS, 18, ((1, 1), False))
+      use(patch, dataset)
+      train.train(config, path)
+
+  run(config := tiny_config(epochs=1), str(workdir))
+  return workdir, config, run
 
 
 def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
@@ -352,11 +427,11 @@ def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
   old = tmp_path / "checkpoints" / "last" / "4" / "default"
   old.mkdir(parents=True)
   Workdir(tmp_path).write_config(tiny_config())
-  before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
+  before = contents(tmp_path)
   for use_it in (train.train, train.score):
     with pytest.raises(UserError, match=r"earlier version.*another --workdir"):
       use_it(tiny_config(), str(tmp_path))
-  assert before == {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
+  assert contents(tmp_path) == before
 
 
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):

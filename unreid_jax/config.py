@@ -65,6 +65,12 @@ def check(config: ConfigDict, num_devices: int) -> None:
         f"{key}={config[key]} is no multiple of {num_devices} devices: change "
         "it or num_devices"
       )
+  smaller = min(config.dataset.height, config.dataset.width)
+  if config.augment.pad >= smaller:
+    raise UserError(
+      f"augment.pad={config.augment.pad}: set it below {smaller} pixels, or a "
+      "crop may hold nothing of the image"
+    )
   num_instances = config.sampler.num_instances
   if num_instances and config.batch_size % num_instances:
     raise UserError(

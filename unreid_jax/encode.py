@@ -100,7 +100,8 @@ class Encoder:
     images = _Sized(images, self.card["height"], self.card["width"])
     if not len(images):
       raise UserError("there is no image to encode: pass at least one")
-    size = -(-max(batch_size, 1) // self.mesh.size) * self.mesh.size
+    size = min(max(batch_size, 1), len(images))
+    size = -(-size // self.mesh.size) * self.mesh.size
     step = lambda variables, batch, _: (variables, self.apply(variables, batch))
     with jax.set_mesh(self.mesh):
       return encode(step, self.variables, images, size, title)[1]

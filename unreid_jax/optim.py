@@ -66,7 +66,7 @@ def step_decay(
 
   Args:
     lr: the learning rate before the first milestone.
-    milestones: the steps with which a lower rate begins, ascending.
+    milestones: the steps with which a lower rate begins, in any order.
     gamma: what the rate is multiplied by at each milestone.
     warmup: how many steps at the start have a rate that is smaller still.
     warmup_factor: what the rate of step 0 is multiplied by in a warm-up.
@@ -74,7 +74,7 @@ def step_decay(
 
   Source: `WarmupMultiStepLR` of pangbo1997/Unsup_ReID, which counts epochs.
   """
-  steps = np.arange(warmup)
+  steps, milestones = np.arange(warmup), sorted(milestones)
   decayed = lr * gamma ** np.arange(len(milestones) + 1.0)
   rise = steps / max(warmup, 1) if warmup_curve == "linear" else 0.0
   factors = warmup_factor + (1 - warmup_factor) * rise

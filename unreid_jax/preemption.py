@@ -1,39 +1,120 @@
-"""A signal that asks a run to stop, noticed between two of its steps."""
+"""Signals that ask a run to stop: it keeps everything, and can go on.
 
+This module is imported first, and quickly: signals count from there on.
+"""
+
+import contextlib
+import os
+import select
 import signal
+import sys
+import threading
 
-import jax
-from jax.experimental import multihost_utils
+STATUS = 75  # the exit status of a run that was told to stop and can go on
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PATIENCE = 3.0  # seconds that the main thread may be deaf, while it compiles
+
+
+class Interrupted(BaseException):
+  """A signal asked the run to stop, and it did, with everything saved.
+
+  Not an `Exception`, which libraries on its way might catch.
+  """
+
+
+def exit_on_signals() -> None:
+  """From now on, and outside of a `Preemption`, a signal ends the process."""
+  for number in _ours():
+    signal.signal(number, lambda number, frame: _exit())
 
 
 class Preemption:
-  """Turns SIGTERM and SIGINT into a question asked between two steps.
+  """Within it, a signal raises `Interrupted`, or is noticed between two steps.
 
-  On several hosts a notice to one of them is a notice to all, through JAX's
-  coordination service, and all stop after the same step.
+  At first nothing would be lost by stopping at once, and so the signal does;
+  after `defer` the run is asked to stop by `requested`. A second signal always
+  ends the process at once. A thread watches, as the main one does not hear
+  while it compiles. In a process that is one of several, and in a thread, only
+  `requested` is of use: there JAX's coordination service makes a notice to one
+  process a notice to all, which stop after the same step.
   """
 
-  _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
   def __enter__(self) -> "Preemption":
-    self._notified = False
+    import jax  # takes a second
+
+    self._notified = self._deferred = False
     self._old = {}
-    if jax.process_count() == 1:
-      self._old = {n: signal.signal(n, self._notice) for n in self._SIGNALS}
+    self._is_alone = jax.process_count() == 1
+    if self._is_alone and threading.current_thread() is threading.main_thread():
+      self._pipe, written = os.pipe()
+      os.set_blocking(written, False)
+      numbers = _ours()
+      self._old = {n: signal.signal(n, self._notice) for n in numbers}
+      self._old_wakeup = signal.set_wakeup_fd(written)
+      self._written = written
+      threading.Thread(target=self._watch, daemon=True).start()
     return self
 
   def __exit__(self, *error) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+    if self._old:
+      for number, handler in self._old.items():
+        signal.signal(number, handler)
+      signal.set_wakeup_fd(self._old_wakeup)
+      os.close(self._written)
+      self._old = {}
 
-  def _notice(self, number, frame):
-    del frame
-    self._notified = True
-    print("stops after this step or evaluation; a second signal: at once")
-    signal.signal(number, self._old[number])  # a second one ends it at once
+  def defer(self) -> None:
+    """From now on a run has something to save before it stops."""
+    self._deferred = True
 
   def requested(self, step: int) -> bool:
     """Whether to save and stop after this step."""
-    if jax.process_count() == 1:
+    if self._is_alone:
       return self._notified
+    from jax.experimental import multihost_utils
+
     return multihost_utils.reached_preemption_sync_point(step)
+
+  def _notice(self, number, frame):
+    del number, frame
+    is_first, self._notified = not self._notified, True
+    if is_first and not self._deferred:
+      raise Interrupted("stopped before a step; nothing is lost")
+
+  def _watch(self):
+    """Hears the signals themselves, byte by byte, until the pipe is closed."""
+    if self._hears():
+      self._notified |= self._deferred
+      what = "after this step or evaluation; a second signal: at once"
+      _say(f"stops {what if self._deferred else 'now'}")
+      patience = None if self._deferred else _PATIENCE
+      is_ready = select.select([self._pipe], [], [], patience)[0]
+      if not is_ready or self._hears():
+        _exit()
+    os.close(self._pipe)
+
+  def _hears(self):
+    """Waits for one of the signals; False when there can be none any more."""
+    heard = os.read(self._pipe, 1)
+    while heard and heard[0] not in self._old:
+      heard = os.read(self._pipe, 1)
+    return bool(heard)
+
+
+def _ours():
+  """The signals to heed: not those that nohup or a shell lets us ignore."""
+  ignored = (signal.SIG_IGN, None)
+  return [n for n in _SIGNALS if signal.getsignal(n) not in ignored]
+
+
+def _exit():
+  """Ends the process without a word of Python's; a bar may hide the cursor."""
+  show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
+  _say(f"{show_cursor}stopped at once; the same command goes on")
+  os._exit(STATUS)
+
+
+def _say(text):
+  if sys.stderr:
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: reentrant
+      print(text, file=sys.stderr, flush=True)

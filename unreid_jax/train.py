@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import pathlib
+import zlib
 
 import jax
 import numpy as np
@@ -13,17 +15,18 @@ from unreid_jax import UserError, data, encode, methods, sharding
 from unreid_jax.config import check, check_same, resolve
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import evaluate, export_features
-from unreid_jax.preemption import Preemption
+from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
 from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
-from unreid_jax.workdir.checkpoints import Checkpoints, check_version, find
+from unreid_jax.workdir.checkpoints import (
+  Checkpoints,
+  check_version,
+  find,
+  read_card,
+)
 from unreid_jax.workdir.writer import Writer
-
-
-class Interrupted(Exception):
-  """A signal asked the run to stop, and it did, with everything saved."""
 
 
 def train(config: ConfigDict, path: str) -> None:
@@ -36,11 +39,15 @@ def train(config: ConfigDict, path: str) -> None:
   with contextlib.ExitStack() as stack:
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
+    preemption = stack.enter_context(Preemption())
     check(config, mesh.size)
     workdir = Workdir(path)
+    stack.enter_context(workdir.locked())
     if earlier := workdir.newest("last"):
       check_version(earlier)
       check_same(workdir.stored_config(), config)
+    else:
+      workdir.check_unused()
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
     images, camids = dataset.train.images, dataset.train.camids
@@ -59,14 +66,18 @@ def train(config: ConfigDict, path: str) -> None:
       **config.sampler,
     )
     parts = make_parts(resolve(config, steps_per_epoch))
+    card = parts.card | {"train_images": fingerprint(dataset.train)}
+    if earlier:
+      check_same_images(read_card(earlier), card, earlier)
     # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
     checkpoints = stack.enter_context(Checkpoints(workdir))
-    is_new = checkpoints.step("last") is None
-    weights = config.encoder.pretrained if is_new else ""
+    weights = "" if earlier else config.encoder.pretrained
     state = first_state(parts, len(images), weights)
     workdir.write_config(config)
-    if not is_new:
+    if earlier:
       state = checkpoints.restore("last", like=state)
+    else:  # so that a run without a last checkpoint is one that lost it
+      checkpoints.save("last", 0, card, state)
     step, end = int(state.step), config.epochs * steps_per_epoch
     score_state = lambda state, step: report_scores(
       parts.encoder(state), parts.distance, dataset, step,
@@ -87,7 +98,7 @@ def train(config: ConfigDict, path: str) -> None:
       what: parts.config[f"{what}_every"] or end
       for what in ("evaluate", "checkpoint", "log")
     }
-    preemption = stack.enter_context(Preemption())
+    preemption.defer()
     stop = False
     while step < end and not stop:
       epoch, done = divmod(step, steps_per_epoch)
@@ -119,10 +130,10 @@ def train(config: ConfigDict, path: str) -> None:
         scores = score_state(state, step)
         if scores:
           if is_best(scores, writer.history("evaluate")):
-            checkpoints.save("best", step, parts.card, state)
+            checkpoints.save("best", step, card, state)
           writer.write(step, "evaluate", scores)
       if stop or step == end or step % due["checkpoint"] == 0:
-        checkpoints.save("last", step, parts.card, state)
+        checkpoints.save("last", step, card, state)
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
@@ -140,17 +151,18 @@ def score(config: ConfigDict, path: str) -> None:
   with contextlib.ExitStack() as stack:
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(Preemption())
     check(config, mesh.size)
     workdir = Workdir(path)
-    find(path)
+    saved = dict.fromkeys(workdir.newest(which) for which in ("last", "best"))
+    saved = list(filter(None, saved)) or [find(path)]
     writer = stack.enter_context(Writer(workdir))
     copies = NamedSharding(mesh, sharding.COPY)
     method = methods.make(**resolve(config, 1).method.to_dict())
     distance = jax.jit(method.distance, out_shardings=copies)
     rows, dataset = {}, None
-    for which in ("last", "best"):
-      found = workdir.newest(which)
-      if not found or found.name in rows:
+    for found in saved:
+      if found.name in rows:  # the last one is the best one too
         continue
       encoder = encode.load_encoder(found)
       dataset = dataset or load_test_set(config, encoder)
@@ -198,6 +210,28 @@ def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:
     writer.write(int(state.step), "epoch", means)
   for note in notes:
     writer.log(f"{'':<20}{note}")
+
+
+def fingerprint(split: data.Split) -> dict[str, int]:
+  """What tells one set of images from another: of its pixels, a sample."""
+  num = len(split.names)
+  crc = zlib.crc32("\0".join(split.names).encode("utf-8", "surrogateescape"))
+  for array in split.pids, split.camids, split.images[:: max(num // 500, 1)]:
+    crc = zlib.crc32(np.ascontiguousarray(array), crc)
+  return {"number": num, "crc32": crc}
+
+
+def check_same_images(stored: dict, card: dict, path: pathlib.Path) -> None:
+  """Refuses, by their cards, to go on from a checkpoint with other images."""
+  then, now = stored.get("train_images"), card["train_images"]
+  if then is not None and then != now:
+    what = "their names, cameras or pixels differ"
+    if then["number"] != now["number"]:
+      what = f"{then['number']} then, {now['number']} now"
+    raise UserError(
+      f"{path} was trained on other train images ({what}): bring them back, or "
+      "choose another --workdir"
+    )
 
 
 def is_best(scores: dict[str, float], history: list[dict]) -> bool:

@@ -140,6 +140,11 @@ def label(hp, state: State, encode, split, epoch: int) -> Labels | None:
   del state
   if epoch:
     return None
+  if hp.num_positives >= len(split.camids):
+    raise UserError(
+      f"method.num_positives={hp.num_positives}: set it below the number of "
+      f"train images, {len(split.camids)}"
+    )
   features = encode(train=hp.bank_init == "train")
   given = {"camids": split.camids, "features": features}
   return one_each(len(split.camids), given)

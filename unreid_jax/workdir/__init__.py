@@ -1,9 +1,11 @@
 """A workdir: what a run keeps in its folder, under which names."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -25,33 +27,72 @@ class Workdir:
   """
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+    self.path = pathlib.Path(path).expanduser()
     self.metrics = self.path / "metrics.jsonl"
     self.log = self.path / "log.txt"
     self.events = self.path / "tensorboard"
     self.features = self.path / "features.npz"
     self._config = self.path / "config.json"
 
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Keeps the folder, which is made if need be, from any other run.
+
+    The lock is the kernel's: whatever ends the process releases it.
+    """
+    self.path.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0:
+      yield
+      return
+    with open(self.path / ".lock", "a+") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+          f"{self.path} is in use by {file.read() or 'another run'}: wait for "
+          "its end, or choose another --workdir"
+        ) from None
+      except OSError:
+        pass  # a file system without locks
+      file.truncate(0)
+      print(f"process {os.getpid()} on {platform.node()}", end="", file=file)
+      file.flush()
+      yield
+
   def checkpoints(self, which: str) -> pathlib.Path:
     """The folder of the checkpoints of one kind, "last" or "best"."""
     return self.path / "checkpoints" / which
 
   def newest(self, which: str) -> pathlib.Path | None:
-    """The newest checkpoint of a kind that was written to its end, if any."""
+    """The newest checkpoint of a kind that was written to its end, if any.
+
+    Raises:
+      UserError: something else has the name of a checkpoint, a number.
+    """
     found = self.checkpoints(which).glob("*")
-    steps = [int(x.name) for x in found if x.name.isdigit()]
-    return self.checkpoints(which) / str(max(steps)) if steps else None
+    found = [path for path in found if path.name.isdecimal()]
+    for path in found:
+      if not any((path / part).is_dir() for part in ("card", "default")):
+        raise UserError(f"{path} is no checkpoint: move it away")
+    return max(found, key=lambda path: int(path.name), default=None)
+
+  def check_unused(self) -> None:
+    """Refuses a folder that holds a run, but no checkpoint to go on from."""
+    has_metrics = self.metrics.exists() and self.metrics.stat().st_size
+    if has_metrics or self.newest("best"):
+      raise UserError(
+        f"{self.checkpoints('last')} is gone, and without it the run cannot go "
+        "on; its best encoder and its metrics stay: choose another --workdir"
+      )
 
   def stored_config(self) -> dict[str, Any]:
     """The config of the run in this folder; empty without any."""
     if not self._config.exists():
       return {}
-    try:
-      return json.loads(self._config.read_text())
-    except ValueError as error:
-      raise UserError(
-        f"{self._config} is damaged ({error}): delete it to go on without it"
-      ) from None
+    return read_json(
+      self._config.read_bytes(), f"{self._config}: delete it to go on without"
+    )
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""
@@ -61,10 +102,38 @@ class Workdir:
         file.write(f"{text}\n".encode())
 
 
+def read_json(text: bytes, what: str) -> dict[str, Any]:
+  """A JSON object from a file, which `what` names with what to do about it."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    value = error
+  if not isinstance(value, dict):
+    name, _, advice = what.partition(": ")
+    problem = value if isinstance(value, Exception) else "it is no JSON object"
+    raise UserError(f"{name} is damaged ({problem}): {advice}")
+  return value
+
+
+@contextlib.contextmanager
+def named(path: pathlib.Path) -> Iterator[None]:
+  """Within it, what the system refuses to do says with which file."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      error.filename = str(path)
+    raise
+
+
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
   """Writes a file that, whatever happens, is the old one or the new one."""
   partial = path.with_suffix(".partial")
-  with open(partial, "wb") as file:
-    yield file
-  os.replace(partial, path)
+  with named(path):
+    try:
+      with open(partial, "wb") as file:
+        yield file
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Checkpoints through Orbax, in two parts: the encoder, and the training."""
 
 import contextlib
-import json
+import errno
+import os
 import pathlib
 from typing import Any
 
@@ -10,7 +11,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from unreid_jax import UserError
-from unreid_jax.workdir import Workdir
+from unreid_jax.workdir import Workdir, read_json
 
 
 class Checkpoints:
@@ -44,18 +45,26 @@ class Checkpoints:
     for manager in self._managers.values():
       manager.close()
 
-  def step(self, which: str) -> int | None:
-    """The step of the "last" or the "best" checkpoint, None without one."""
-    return self._managers[which].latest_step()
-
   def save(self, which: str, step: int, card: dict, state: Any) -> None:
-    """Saves a `TrainState` in the place of the earlier "last" or "best" one."""
+    """Saves a `TrainState` in the place of the earlier "last" or "best" one.
+
+    Raises:
+      UserError: it cannot be written; the earlier one stays.
+    """
     args = ocp.args.Composite(
       card=ocp.args.JsonSave(card),
       encoder=ocp.args.StandardSave(state.variables),
       training=ocp.args.StandardSave(state.training),
     )
-    self._managers[which].save(step, args=args, force=True)
+    try:
+      self._managers[which].save(step, args=args, force=True)
+    except Exception as error:  # of Orbax, TensorStore or the system
+      size = sum(x.nbytes for x in jax.tree.leaves(vars(state))) / 2**20
+      raise UserError(
+        f"{self._workdir.checkpoints(which)}: step {step} cannot be saved "
+        f"({_reason(error)}): it needs {size:,.0f} MB; make room, and the same "
+        "command goes on from the last checkpoint"
+      ) from None
 
   def forget(self, which: str, after: int) -> None:
     """Deletes checkpoints of later steps, which a killed run has left."""
@@ -69,8 +78,9 @@ class Checkpoints:
       encoder=ocp.args.StandardRestore(_abstract(like.variables)),
       training=ocp.args.StandardRestore(_abstract(like.training)),
     )
-    with _whole(self._workdir.newest(which)):
-      found = self._managers[which].restore(self.step(which), args=args)
+    newest = self._workdir.newest(which)
+    with _whole(newest):
+      found = self._managers[which].restore(int(newest.name), args=args)
     return like.replace(**found["encoder"], **found["training"])
 
 
@@ -100,8 +110,10 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
 
 def read_card(checkpoint: pathlib.Path) -> dict[str, Any]:
   """What builds the encoder of a checkpoint."""
+  path = checkpoint / "card" / "metadata"
   with _whole(checkpoint):
-    return json.loads((checkpoint / "card" / "metadata").read_text())
+    text = path.read_bytes()
+  return read_json(text, f"{path}: restore it, or train again")
 
 
 def read_encoder(checkpoint: pathlib.Path, like: PyTree) -> PyTree:
@@ -125,11 +137,17 @@ def _whole(checkpoint):
   try:
     yield
   except Exception as error:
-    reason = str(error).strip().partition("\n")[0][:200]
     raise UserError(
-      f"{checkpoint} cannot be restored ({reason}): it is damaged, or belongs "
-      "to another encoder or another number of train images"
+      f"{checkpoint} cannot be restored ({_reason(error)}): it is damaged, or "
+      "belongs to another encoder or another number of train images"
     ) from None
+
+
+def _reason(error):
+  """The first line of an error of a library, or the cause that hides in it."""
+  full = os.strerror(errno.ENOSPC)
+  text = full if full in str(error) else str(error).strip()
+  return text.partition("\n")[0][:200] or type(error).__name__
 
 
 def _abstract(tree):

@@ -12,15 +12,18 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 from jax.typing import ArrayLike
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from unreid_jax import progress
-from unreid_jax.workdir import Workdir, whole_file
+from unreid_jax import UserError, progress
+from unreid_jax.workdir import Workdir, named, read_json, whole_file
 
 T = TypeVar("T")
 
 _PLAIN_EVERY = 15.0  # seconds between two lines of progress in a log
+_FLUSH_EVERY = 10.0  # seconds until TensorBoard sees what is written
 _SCORES = ("mAP", "R1", "R5", "R10")
 
 
@@ -36,15 +39,12 @@ class Writer:
   def __init__(self, workdir: Workdir):
     self.workdir = workdir
     self._lines = _read(workdir.metrics)
-    self._events = None
+    self._events, self._flushed = None, 0.0
     self._stack = contextlib.ExitStack()
     self._is_main = jax.process_index() == 0
     if self._is_main:
       workdir.path.mkdir(parents=True, exist_ok=True)
-    self._console = rich.console.Console(
-      stderr=True, force_terminal=sys.stderr.isatty()
-    )
-    console = self._console
+    console = self._console = _console(sys.stderr)
     self._has_bar = console.is_terminal and not console.is_dumb_terminal
     self._bar = rich.progress.Progress(
       "{task.description:<20}",
@@ -66,7 +66,8 @@ class Writer:
     if self._bar.tasks:  # of a phase whose loop is still referred to
       self._bar.stop()
     if self._events:
-      self._events.close()
+      with named(self.workdir.events):
+        self._events.close()
 
   def resume(self, step: int) -> None:
     """Forgets what was written after this step's checkpoint.
@@ -99,11 +100,20 @@ class Writer:
     self._lines.append(line)
     if not self._is_main:
       return
-    with open(self.workdir.metrics, "a", encoding="utf-8") as file:
+    with (
+      named(self.workdir.metrics),
+      open(self.workdir.metrics, "a", encoding="utf-8") as file,
+    ):
       file.write(json.dumps(line) + "\n")
     self._events = self._events or self._open_events()
-    for name, value in values.items():
-      self._events.add_scalar(f"{kind}/{name}", value, step)
+    with named(self.workdir.events):
+      for name, value in values.items():
+        scalar = summary.scalar(f"{kind}/{name}", value)
+        event = Event(wall_time=time.time(), step=int(step), summary=scalar)
+        self._events.write_event(event)
+      if time.monotonic() - self._flushed > _FLUSH_EVERY:
+        self._events.flush()
+        self._flushed = time.monotonic()
 
   def history(self, kind: str) -> list[dict]:
     """All lines of a kind, each with "step" and the scalars."""
@@ -113,7 +123,7 @@ class Writer:
     """A line on the terminal and, with the time, in WORKDIR/log.txt."""
     if self._is_main:
       self._console.out(text, highlight=False)
-      with self._open_log() as file:
+      with named(self.workdir.log), self._open_log() as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
   def track(
@@ -199,25 +209,62 @@ class Writer:
       note = " (best)" if row is best and step else ""
       scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
       table.add_row(name + note, *scores)
-    rich.console.Console(force_terminal=sys.stdout.isatty()).print(table)
-    with self._open_log() as file:
+    _console(sys.stdout).print(table)
+    with named(self.workdir.log), self._open_log() as file:
       rich.console.Console(file=file, force_terminal=False).print(table)
 
   def _open_log(self):
     return open(self.workdir.log, "a", encoding="utf-8")
 
   def _open_events(self, purge_step: int | None = None):
-    return tensorboardX.SummaryWriter(
-      str(self.workdir.events), purge_step=purge_step, flush_secs=10
-    )
+    with named(self.workdir.events):
+      self.workdir.events.mkdir(exist_ok=True)
+      events = EventsWriter(str(self.workdir.events / "events"))
+      if purge_step is not None:  # TensorBoard hides what was written after it
+        start = SessionLog(status=SessionLog.START)
+        events.write_event(Event(step=purge_step, session_log=start))
+    return events
+
+
+class _Patient:
+  """A stream, or none, that may break: a run goes on without its terminal."""
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def isatty(self) -> bool:
+    return bool(self._stream) and self._stream.isatty()
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError, AttributeError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+      self._stream.flush()
+
+
+def _console(stream):
+  stream = _Patient(stream)
+  return rich.console.Console(file=stream, force_terminal=stream.isatty())
 
 
 def _read(path) -> list[dict]:
   """The lines of a metrics file without the last one if it is torn."""
   if not path.exists():
     return []
-  whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-  return [json.loads(line) for line in whole]
+  whole, lines = path.read_bytes().split(b"\n")[:-1], []
+  for number, text in enumerate(whole, 1):
+    where = f"line {number} of {path}"
+    line = read_json(text, f"{where}: move the file away, or mend it")
+    if type(line.get("step")) is not int or type(line.get("kind")) is not str:
+      raise UserError(f"{where} has no step or kind: mend it or move it away")
+    lines.append(line)
+  return lines
 
 
 def _duration(seconds: float) -> str:
