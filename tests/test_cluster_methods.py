@@ -34,7 +34,9 @@ def check(method, state, golden, bank_after):
 def test_cluster_contrast_golden(golden, name, update, ragged):
   z = golden(f"cm_cc_{name}{ragged}")
   momentum = 0.2 if name == "hard" else 0.1
-  method = methods.make("cluster_contrast", bank_update=update, momentum=momentum)
+  method = methods.make(
+    "cluster_contrast", bank_update=update, momentum=momentum
+  )
   num = len(z["bank_before"])
   bank = memory.create(jnp.asarray(z["bank_before"]))
   state = cluster_contrast.State(bank, jnp.array(num))

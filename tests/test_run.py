@@ -8,7 +8,7 @@ import pytest
 
 # Processes that have imported everything already.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["run"])
+FORKS.set_forkserver_preload(["run", "unreid_jax.train"])
 
 
 def run_command(arguments, log):
@@ -19,6 +19,7 @@ def run_command(arguments, log):
   sys.argv = ["run.py", *arguments]
   import run
 
+  run.preemption.exit_on_signals()
   run.app.run(run.main, flags_parser=run._parse)
 
 

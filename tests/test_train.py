@@ -335,7 +335,7 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
 
 
 def test_other_train_images(dataset, monkeypatch, tmp_path):
-  """Added, removed, renamed, replaced: the run is refused, and loses nothing."""
+  """Removed, renamed, replaced: the run is refused, and nothing is lost."""
   config = tiny_config(epochs=1)
   train.train(config, str(tmp_path))
   saved = contents(tmp_path)
@@ -356,7 +356,9 @@ def test_other_train_images(dataset, monkeypatch, tmp_path):
 def contents(workdir):
   """Every file of a workdir but the log and the lock."""
   files = [x for x in workdir.rglob("*") if x.is_file()]
-  return {x: x.read_bytes() for x in files if x.name not in ("log.txt", ".lock")}
+  return {
+    x: x.read_bytes() for x in files if x.name not in ("log.txt", ".lock")
+  }
 
 
 @pytest.mark.parametrize("gone", ["last", "last/*"])
@@ -369,7 +371,9 @@ def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
   left = contents(tmp_path)
   for lr in (config.optim.lr, 1.0):
     config.optim.lr = lr
-    with pytest.raises(UserError, match="checkpoints/last is gone, and without"):
+    with pytest.raises(
+      UserError, match="checkpoints/last is gone, and without"
+    ):
       train.train(config, str(tmp_path))
   assert contents(tmp_path) == left
   train.score(config, str(tmp_path))  # the best one is still of use
@@ -378,7 +382,11 @@ def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
 @pytest.mark.parametrize(
   "name, text, line",
   [
-    ("metrics.jsonl", b"{}\n", "^line 1 of .*metrics.jsonl has no step or kind"),
+    (
+      "metrics.jsonl",
+      b"{}\n",
+      "^line 1 of .*metrics.jsonl has no step or kind",
+    ),
     ("metrics.jsonl", b"\xff\0\n", "^line 1 of .*metrics.jsonl is damaged"),
     ("metrics.jsonl", b'{"step": "1", "kind": ""}\n', "^line 1 of .* no step"),
     ("config.json", b"[1]", "config.json is damaged .it is no JSON object"),
@@ -386,8 +394,16 @@ def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
     ("config.json", b"", "config.json is damaged"),
     ("checkpoints/last/99/x", b"", "last/99 is no checkpoint: move it away"),
     ("checkpoints/last/4/card/metadata", b"{", "card/metadata is damaged"),
-    ("checkpoints/last/4/encoder/manifest.ocdbt", b"x", "last/4 cannot be rest"),
-    ("checkpoints/last/4/training/_METADATA", b"x", "last/4 cannot be restored"),
+    (
+      "checkpoints/last/4/encoder/manifest.ocdbt",
+      b"x",
+      "last/4 cannot be rest",
+    ),
+    (
+      "checkpoints/last/4/training/_METADATA",
+      b"x",
+      "last/4 cannot be restored",
+    ),
   ],
 )
 def test_a_damaged_workdir(finished, tmp_path, name, text, line):

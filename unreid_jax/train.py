@@ -154,8 +154,8 @@ def score(config: ConfigDict, path: str) -> None:
     stack.enter_context(Preemption())
     check(config, mesh.size)
     workdir = Workdir(path)
-    saved = dict.fromkeys(workdir.newest(which) for which in ("last", "best"))
-    saved = list(filter(None, saved)) or [find(path)]
+    saved = filter(None, map(workdir.newest, ("last", "best")))
+    saved = list(saved) or [find(path)]
     writer = stack.enter_context(Writer(workdir))
     copies = NamedSharding(mesh, sharding.COPY)
     method = methods.make(**resolve(config, 1).method.to_dict())

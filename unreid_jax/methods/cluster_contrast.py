@@ -43,9 +43,9 @@ class Hyperparameters(Clustering):
   Attributes:
     temperature: divides the similarities; the result are the logits.
     momentum: the weight of the old centroid: .1 nearly replaces it.
-    bank_update: which features of a batch move a centroid: "momentum", each of its
-      cluster's in the order of the batch (the authors' CM), or "hardest", the
-      one that is least similar to it (CM_Hard, their `--use-hard`).
+    bank_update: which features of a batch move a centroid: "momentum", each of
+      its cluster's in the order of the batch (the authors' CM), or "hardest",
+      the one that is least similar to it (CM_Hard, their `--use-hard`).
     label_smoothing: see `losses.cross_entropy`; not in the authors' code.
   """
 

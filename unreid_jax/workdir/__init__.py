@@ -44,20 +44,22 @@ class Workdir:
     if jax.process_index() > 0:
       yield
       return
-    with open(self.path / ".lock", "a+") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-          f"{self.path} is in use by {file.read() or 'another run'}: wait for "
-          "its end, or choose another --workdir"
-        ) from None
-      except OSError:
-        pass  # a file system without locks
-      file.truncate(0)
-      print(f"process {os.getpid()} on {platform.node()}", end="", file=file)
-      file.flush()
+    path = self.path / ".lock"
+    with contextlib.ExitStack() as stack:
+      with named(path):
+        file = stack.enter_context(open(path, "a+b", buffering=0))
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+          owner = path.read_text() or "another run"
+          raise UserError(
+            f"{self.path} is in use by {owner}: wait for its end, or choose "
+            "another --workdir"
+          ) from None
+        except OSError:
+          pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
       yield
 
   def checkpoints(self, which: str) -> pathlib.Path:

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -12,6 +14,11 @@ from jaxtyping import PyTree
 
 from unreid_jax import UserError
 from unreid_jax.workdir import Workdir, read_json
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a message of Orbax is not what `save` raises in one line."""
+  return "_SignalingThread" not in record.getMessage()
 
 
 class Checkpoints:
@@ -30,6 +37,7 @@ class Checkpoints:
       cleanup_tmp_directories=True,
       enable_async_checkpointing=False,
     )
+    logging.getLogger("absl").addFilter(_is_news)
     self._workdir = workdir
     self._managers = {
       which: ocp.CheckpointManager(
@@ -56,14 +64,21 @@ class Checkpoints:
       encoder=ocp.args.StandardSave(state.variables),
       training=ocp.args.StandardSave(state.training),
     )
+    folder = self._workdir.checkpoints(which)
+    size = sum(x.nbytes for x in jax.tree.leaves(vars(state)))
     try:
+      if shutil.disk_usage(folder).free < size:  # Orbax would leave a mess
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       self._managers[which].save(step, args=args, force=True)
     except Exception as error:  # of Orbax, TensorStore or the system
-      size = sum(x.nbytes for x in jax.tree.leaves(vars(state))) / 2**20
+      with contextlib.suppress(Exception):
+        self._managers[which].wait_until_finished()
+      for part in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
       raise UserError(
-        f"{self._workdir.checkpoints(which)}: step {step} cannot be saved "
-        f"({_reason(error)}): it needs {size:,.0f} MB; make room, and the same "
-        "command goes on from the last checkpoint"
+        f"{folder}: step {step} cannot be saved ({_reason(error)}): it needs "
+        f"{size / 2**20:,.1f} MB; make room, and the same command goes on from "
+        "the last checkpoint"
       ) from None
 
   def forget(self, which: str, after: int) -> None:
