@@ -1,5 +1,6 @@
 """Decoding, resizing and the cache, with whatever may happen to them."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from unreid_jax import UserError, data, progress
-from unreid_jax.data import augment, images
+from unreid_jax.data import augment, cache, images
 from unreid_jax.models.backbones.resnet import MEAN, STD
 
 SIZE = {"height": 16, "width": 8}
@@ -77,7 +78,7 @@ def test_cache_is_used_until_something_changes(folder, monkeypatch):
   first = load(folder).train.images
   (entry,) = entries(folder)
   with monkeypatch.context() as patch:
-    patch.setattr(images, "_decode", None)
+    patch.setattr(cache, "_make", None)
     assert np.array_equal(load(folder).train.images, first)
   assert load(folder, height=12).train.images.shape[1] == 12
   other = Image.fromarray(np.zeros((20, 9, 3), np.uint8))
@@ -110,7 +111,7 @@ def test_killed_while_decoding(folder):
   """
   command = [sys.executable, "-c", textwrap.dedent(script)]
   assert subprocess.run(command, check=False).returncode == -9
-  (unfinished,) = entries(folder)
+  unfinished, _ = entries(folder)  # and a lock that nobody holds
   assert unfinished.name.endswith(".unfinished")
   assert len(load(folder).train.images) == 5
   assert unfinished in entries(folder)  # another process may be at it
@@ -119,15 +120,53 @@ def test_killed_while_decoding(folder):
   assert unfinished not in entries(folder)
 
 
-def test_another_process_was_faster(folder):
+def test_another_process_was_faster(folder, monkeypatch):
+  """Where the file system has no locks."""
+
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
   def track(items, *_):
     yield from items
     with progress.shown_by(lambda items, *_: iter(items)):
       load(folder)
 
+  monkeypatch.setattr(cache.fcntl, "flock", no_locks)
   with progress.shown_by(track):
     assert len(load(folder).train.images) == 5
   assert len(entries(folder)) == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_processes_want_the_same_entry(folder, is_killed):
+  """The second waits, and says so, while the first lives and is at work."""
+  script = f"""
+    import sys
+    from unreid_jax import data, progress
+    def track(items, *_):
+      print("decodes", flush=True)
+      sys.stdin.readline()
+      return iter(items)
+    with progress.shown_by(track):
+      data.load("folder", root={str(folder)!r}, height=16, width=8,
+                cache_dir={str(folder.parent / "cache")!r})
+    print("done")
+  """
+  command = [sys.executable, "-c", textwrap.dedent(script)]
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  start = lambda: subprocess.Popen(command, text=True, **pipes)
+  with start() as first:
+    assert first.stdout.readline() == "decodes\n"
+    with start() as second:
+      assert "waiting" in second.stderr.readline()
+      if is_killed:
+        first.kill()
+      else:
+        assert first.communicate("\n") == ("done\n", "")
+      out, _ = second.communicate("\n")
+  assert out == ("decodes\ndone\n" if is_killed else "done\n")
+  finished = [x for x in entries(folder) if not x.name.endswith(".unfinished")]
+  assert len(finished) == 1
 
 
 def truncate(path):
@@ -171,22 +210,18 @@ def test_nothing_but_corrupt_images(tmp_path):
     load(tmp_path / "crops", on_corrupt="skip")
 
 
-def test_an_error_does_not_wait_for_the_rest(folder):
+def test_an_error_does_not_wait_for_the_rest(folder, monkeypatch):
   """Of a large folder only the images at hand are decoded."""
-  image = (folder / "cam1" / "0.png").read_bytes()
-  files = [
-    images.File(str(i), 0, 1, folder / "cam1" / "0.png") for i in range(5_000)
-  ]
-  read = []
-
-  def reader():
-    return lambda i: read.append(i) or (image if i else b"")
-
-  with pytest.raises(UserError):
-    images.load_split(
-      files, reader, cache_dir=folder.parent / "cache", name="big", **SIZE
-    )
-  assert len(read) < 1_000
+  (folder / "cam1" / "0.png").write_text("no image")
+  for i in range(500):
+    os.link(folder / "cam2" / "1.png", folder / "cam2" / f"more{i}.png")
+  decode, seen = images.decode, []
+  monkeypatch.setattr(
+    images, "decode", lambda *args: seen.append(args) or decode(*args)
+  )
+  with pytest.raises(UserError, match="is not an image"):
+    load(folder)
+  assert len(seen) < 200
 
 
 @pytest.mark.parametrize(
