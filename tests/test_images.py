@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import numpy as np
@@ -68,6 +69,86 @@ def test_folder(folder):
     with Image.open(folder / name) as original:
       rgb = original.convert("RGB").resize((8, 16), Image.BICUBIC)
     assert np.array_equal(image, rgb)
+
+
+RGB = np.random.default_rng(1).integers(0, 256, (16, 8, 3)).astype(np.uint8)
+GREY = RGB[..., :1].repeat(3, axis=2)
+IMAGE, TURNED = Image.fromarray(RGB), Image.fromarray(np.rot90(RGB))
+BLACK = RGB * (np.arange(8) < 4)[:, None]  # the right half
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # to be turned by 90 degrees, clockwise
+
+
+def two_frames(path):
+  other = Image.fromarray(255 - RGB)
+  lossless = {"lossless": True} if path.suffix == ".webp" else {}
+  IMAGE.save(path, save_all=True, append_images=[other], **lossless)
+
+
+def with_alpha(path):
+  alpha = BLACK.any(2) * np.uint8(255)
+  Image.fromarray(np.dstack([RGB, alpha])).save(path)
+
+
+def with_clear_colour(path):
+  grey = Image.fromarray(np.where(BLACK, 200, 100)[..., 0].astype(np.uint8))
+  grey.save(path, transparency=100)
+
+
+PIXELS = [
+  ("a.png", Image.fromarray(RGB[..., 0].astype(np.uint16) * 257).save, GREY),
+  ("a.tif", Image.fromarray(RGB[..., 0].astype(">u2") * 257).save, GREY),
+  ("a.png", lambda path: TURNED.save(path, exif=EXIF), RGB),
+  ("a.tif", lambda path: TURNED.save(path, exif=EXIF), RGB),
+  ("a.webp", lambda path: TURNED.save(path, exif=EXIF, lossless=True), RGB),
+  ("a.png", lambda path: IMAGE.save(path, exif=b"Exif\0\0garbage"), RGB),
+  ("a.png", with_alpha, BLACK),
+  ("a.png", with_clear_colour, np.where(BLACK, 200, 0)[..., :1].repeat(3, 2)),
+  ("a.tif", IMAGE.convert("CMYK").save, RGB),
+  ("a.png", two_frames, RGB),
+  ("a.webp", two_frames, RGB),
+  ("a.tif", two_frames, RGB),
+]
+
+
+@pytest.mark.parametrize(("name", "save", "expected"), PIXELS)
+def test_pixels_of_every_kind(tmp_path, name, save, expected):
+  save(tmp_path / name)
+  assert np.array_equal(images.decode(tmp_path / name, **SIZE), expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "image", "words"),
+  [
+    ("a.tif", Image.fromarray(np.ones((9, 9), np.float32)), "convert it to 8"),
+    ("a.tif", Image.fromarray(np.ones((9, 9), np.int32)), "convert it to 8"),
+    ("a.eps", IMAGE, "not an image"),
+  ],
+)
+def test_pixels_that_mean_nothing_here(tmp_path, name, image, words):
+  image.save(tmp_path / name)
+  (tmp_path / name).rename(tmp_path / "a.jpg")
+  with pytest.raises(images.CorruptImage, match=words):
+    images.decode(tmp_path / "a.jpg", **SIZE)
+
+
+def test_large_images_are_decoded_alone(folder, monkeypatch):
+  """By the thread that writes, while the others are at the small ones."""
+  expected = load(folder).train.images
+  monkeypatch.setattr(images, "_MANY_PIXELS", 9 * 22)
+  alone, resize = [], images.resize
+
+  def watched(image, *size):
+    if threading.current_thread() is threading.main_thread():
+      alone.append(image.height)
+    return resize(image, *size)
+
+  monkeypatch.setattr(images, "resize", watched)
+  cache_dir = str(folder.parent / "other")
+  assert np.array_equal(
+    load(folder, cache_dir=cache_dir).train.images, expected
+  )
+  assert alone == [24, 23]
 
 
 def test_one_camera_without_sub_folders(folder):
@@ -216,9 +297,12 @@ def test_an_error_does_not_wait_for_the_rest(folder, monkeypatch):
   for i in range(500):
     os.link(folder / "cam2" / "1.png", folder / "cam2" / f"more{i}.png")
   decode, seen = images.decode, []
-  monkeypatch.setattr(
-    images, "decode", lambda *args: seen.append(args) or decode(*args)
-  )
+
+  def watched(path, *args, **options):
+    seen.append(path)
+    return decode(path, *args, **options)
+
+  monkeypatch.setattr(images, "decode", watched)
   with pytest.raises(UserError, match="is not an image"):
     load(folder)
   assert len(seen) < 200

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -125,12 +126,15 @@ def _make(entry, name, files, shape, on_corrupt) -> None:
 
 def _decode(pool, files, height, width):
   """Yields each file's pixels, or a line that says what is wrong in it."""
-  decode = lambda file: images.decode(file.path, height, width)
-  todo = (pool.submit(decode, file) for file in files)
+  decode = functools.partial(images.decode, height=height, width=width)
+  submit = lambda file: (file, pool.submit(decode, file.path, if_small=True))
+  todo = map(submit, files)
   ahead = collections.deque(itertools.islice(todo, _AT_ONCE))
   while ahead:
+    file, small = ahead.popleft()
     try:
-      yield ahead.popleft().result()
+      row = small.result()
+      yield decode(file.path) if row is None else row
     except CorruptImage as bad:
       yield str(bad)
     ahead.extend(itertools.islice(todo, 1))

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import stat
-import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,9 +23,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # What may be inside, whatever the suffix says: Pillow knows many formats, and
 # would run Ghostscript for one of them.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
-# Larger images are decoded one at a time, so that memory stays bounded.
 _MANY_PIXELS, _MANY_BYTES, _TOO_MANY_BYTES = 2**22, 2**24, 2**30
-_large = threading.RLock()
 
 
 class Split(NamedTuple):
@@ -168,24 +165,28 @@ def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
           raise UserError(f"{path} leads nowhere: mend or remove the link")
 
 
-def decode(path: Path, height: int, width: int) -> _Pixels:
+def decode(
+  path: Path, height: int, width: int, *, if_small: bool = False
+) -> _Pixels | None:
   """The pixels of an image file, upright, in RGB of that size.
 
+  With `if_small`, None for an image of many pixels or bytes: whoever decodes
+  several at once decodes that one alone, so that memory stays bounded.
+
   Raises:
-    CorruptImage: of what is in the file.
+    CorruptImage: what is in the file is no image, or a damaged one.
     UserError: the file cannot be read; it may be healthy.
   """
   size = _state(path)[0]
   if size > _TOO_MANY_BYTES:
     raise CorruptImage(f"{path} has {size / 1e9:.1f} GB, which is no crop")
+  if if_small and size > _MANY_BYTES:
+    return None
   try:
-    with contextlib.ExitStack() as stack:
-      if size > _MANY_BYTES:
-        stack.enter_context(_large)
-      encoded = io.BytesIO(path.read_bytes())
-      image = stack.enter_context(Image.open(encoded, formats=_FORMATS))
-      if image.width * image.height > _MANY_PIXELS:
-        stack.enter_context(_large)
+    encoded = io.BytesIO(path.read_bytes())
+    with Image.open(encoded, formats=_FORMATS) as image:
+      if if_small and image.width * image.height > _MANY_PIXELS:
+        return None
       return resize(image, height, width)
   except MemoryError:
     raise UserError(
@@ -211,15 +212,19 @@ def resize(image: Image.Image, height: int, width: int) -> _Pixels:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-  ImageOps.exif_transpose(image, in_place=True)
+  image.load()
+  with contextlib.suppress(SyntaxError):  # EXIF damaged, pixels perhaps not
+    ImageOps.exif_transpose(image, in_place=True)
   if image.mode in ("I", "F"):
     raise UserError("32 bits a pixel, of unknown range: convert it to 8 bits")
   if image.mode.startswith("I;16"):  # Pillow would cut at 255
     scaled = np.rint(np.asarray(image) / np.float32(257))
     image = Image.fromarray(scaled.astype(np.uint8))
-  if not image.has_transparency_data:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
+  is_opaque = not image.has_transparency_data
+  mode = "RGB" if is_opaque else "RGBA"
+  image = image if image.mode == mode else image.convert(mode)
+  if is_opaque:
+    return image
   black = Image.new("RGB", image.size)
   black.paste(image, mask=image)
   return black
