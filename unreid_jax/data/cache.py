@@ -88,6 +88,7 @@ def _open(entry, shape):
     return None
   is_whole = rows.shape == (shape[0] - len(corrupt), *shape[1:])
   is_whole &= rows.dtype == np.uint8 and rows.flags.c_contiguous
+  is_whole &= corrupt.keys() <= set(range(shape[0]))
   return (rows, corrupt) if is_whole else None
 
 
