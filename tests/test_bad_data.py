@@ -245,6 +245,7 @@ def test_camera_on_a_disk_that_is_not_there(crops, tmp_path):
 
 def test_hidden_folders_are_no_cameras(crops):
   write_image(crops / ".thumbnails" / "0.jpg")
+  (crops / ".#lock").symlink_to("someone@somewhere")
   assert names_and_cameras(crops) == PLAIN
 
 
@@ -432,8 +433,9 @@ def test_cache_below_a_file(tmp_path):
 def test_no_home(tmp_path):
   make_market(tmp_path / "root")
   call = lambda root, cache: load("folder", root, cache_dir=cache)
-  refused(lambda: call(tmp_path / "root", "~nobody_of_this_name/x"), "home")
-  refused(lambda: call("~nobody_of_this_name/x", str(tmp_path)), "home")
+  nobody = "~nobody_of_this_name/x"
+  refused(lambda: call(tmp_path / "root", nobody), "set dataset.cache_dir")
+  refused(lambda: call(nobody, str(tmp_path)), "set dataset.root")
 
 
 @pytest.mark.parametrize("key", ["height", "width"])

@@ -47,7 +47,7 @@ def load(
       a directory of crops, in which each sub-folder is a camera: it has a train
       split only, without identities (pid -1).
     cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
-    on_corrupt: whether an image that cannot be read is left out.
+    on_corrupt: "skip": a damaged image is left out.
     version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.
     seed: the random seed from which the synthetic set is drawn.
     splits: the splits to decode or draw; the others are None.
@@ -59,7 +59,8 @@ def load(
   values.check(values.fields(load), given | {"on_corrupt": on_corrupt})
   if name == "synthetic":
     return _synthetic(height, width, seed, splits)
-  cache_dir = images.expand(cache_dir or "~/.cache/unreid_jax")
+  cache_dir = cache_dir or "~/.cache/unreid_jax"
+  cache_dir = images.expand(cache_dir, "dataset.cache_dir")
   options = {"height": height, "width": width, "on_corrupt": on_corrupt}
   try:  # every file is looked at before the first is read
     files = _list_files(name, root, version)

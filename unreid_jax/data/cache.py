@@ -115,10 +115,11 @@ def _make(entry, name, files, shape, on_corrupt) -> None:
       (new / "corrupt.json").write_text(json.dumps(corrupt))
       _rename(new, entry)
   except OSError as error:  # of the cache; an image's is a UserError by now
+    reason = error.strerror or error
     raise UserError(
-      f"{entry.parent} cannot be written ({error.strerror}): "
-      f"the cache of decoded images needs {num_bytes / 1e9:.2f} GB: make room, "
-      "or set dataset.cache_dir to another folder"
+      f"{entry.parent} cannot be written ({reason}): the cache of decoded "
+      f"images needs {num_bytes / 1e9:.2f} GB: make room, or set "
+      "dataset.cache_dir to another folder"
     ) from None
   finally:
     pool.shutdown(cancel_futures=True)

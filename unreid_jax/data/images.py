@@ -64,13 +64,13 @@ def unreadable(path: Path | str, error: OSError) -> UserError:
   )
 
 
-def expand(path: str | os.PathLike) -> pathlib.Path:
-  """The path with "~" replaced by the home directory."""
+def expand(path: str, key: str) -> pathlib.Path:
+  """The path with "~" replaced by the home directory; `key` sets it."""
   try:
     return pathlib.Path(path).expanduser()
   except RuntimeError:
     raise UserError(
-      f"{path}: the home directory is not known: give the full path"
+      f"{path}: the home directory is not known: set {key} to a full path"
     ) from None
 
 
@@ -123,15 +123,13 @@ def files_in(root: str) -> list[File]:
     UserError: there is no image, a folder cannot be read, a link leads nowhere,
       or two links lead to the same folder.
   """
-  folder = expand(root)
+  folder = expand(root, "dataset.root")
   if not root or not folder.is_dir():
     fix = "set it to a directory of crops"
     raise UserError(f'dataset.root="{root}" is no folder: {fix}')
   paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
-  for name, path in paths.items():
-    check_name(path, name)
   names = sorted(paths)
   cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
   camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
@@ -157,12 +155,15 @@ def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
         path = folder / entry.name
         if entry.name.startswith("."):
           continue
-        if entry.is_dir():
+        is_folder = entry.is_dir()
+        if is_folder or is_image(entry.name):
+          check_name(path, entry.name)
+        elif entry.is_symlink() and not path.exists():
+          raise UserError(f"{path} leads nowhere: mend or remove the link")
+        if is_folder:
           todo.append((path, above | {real}))
         elif is_image(entry.name):
           yield path
-        elif entry.is_symlink() and not path.exists():
-          raise UserError(f"{path} leads nowhere: mend or remove the link")
 
 
 def decode(

@@ -179,7 +179,7 @@ def locate(root: str, folders: Sequence[str], *markers: str) -> Path:
 
 def _places(root: str) -> Iterator[Path]:
   """The folder and the zips in it, or the one zip."""
-  path = images.expand(root)
+  path = images.expand(root, "dataset.root")
   if not root or not path.exists():
     raise UserError(f'dataset.root="{root}" does not exist: {_SET_ROOT}')
   if path.is_dir():
