@@ -3,16 +3,16 @@
 import io
 import pathlib
 import shutil
-import subprocess
 import sys
-import textwrap
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.core import shuffle
 
 from unreid_jax import UserError, data
+from unreid_jax.data import cache
 from unreid_jax.data.datasets import layout
 
 MARKET = {
@@ -192,7 +192,7 @@ def test_prepared_anew_when_the_source_changes(tmp_path, monkeypatch):
   make_market(tmp_path / "root")
   load("market1501", tmp_path / "root")
   with monkeypatch.context() as patch:  # now from the cache
-    patch.setattr(layout.Builder, "open_reader", lambda *_: 1 / 0)
+    patch.setattr(cache, "_make", None)
     check_market(load("market1501", tmp_path / "root"))
   changed = tmp_path / "root" / "query" / "0001_c4s6_1_00.jpg"
   Image.new("RGB", (9, 9), "red").save(changed, format="PNG")
@@ -202,35 +202,23 @@ def test_prepared_anew_when_the_source_changes(tmp_path, monkeypatch):
   assert query.camids.tolist() == [4, 5]
 
 
-def test_killed_while_preparing(tmp_path):
-  make_market(tmp_path / "root")
-  script = f"""
-    import os, signal
-    from unreid_jax import data, progress
-    def track(items, description, *_):
-      for item in items:
-        yield item
-        if description == "read gallery":
-          os.kill(os.getpid(), signal.SIGKILL)
-    with progress.shown_by(track):
-      data.load("market1501", root={str(tmp_path / "root")!r}, height=16,
-                width=8, cache_dir={str(tmp_path / "cache")!r})
-  """
-  command = [sys.executable, "-c", textwrap.dedent(script)]
-  assert subprocess.run(command, check=False).returncode == -9
-  check_market(load("market1501", tmp_path / "root"))
-
-
-def test_prepared_set_is_read_by_tfds(tmp_path):
+def test_prepared_by_tfds(tmp_path, monkeypatch):
   """By index, in the order of the names, with the encoded image inside."""
   from unreid_jax.data.datasets.market1501 import Market1501
 
+  monkeypatch.setattr(layout, "_PER_SHARD", 1)  # a large set has several
+  monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1)
   make_market(tmp_path / "root")
-  builder = Market1501(root=str(tmp_path / "root"), data_dir=tmp_path / "tfds")
-  builder.open_reader("train")
-  example = builder.as_data_source("train")[1]
-  assert (example["name"], example["pid"]) == (b"0010_c3s2_1_01.jpg", 10)
-  assert (example["image"] == colour("0010_c3s2_1_01")).all()
+  shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "root")
+  for root in (tmp_path / "root", tmp_path / "set.zip"):
+    builder = Market1501(root=str(root), data_dir=tmp_path / "tfds")
+    builder.download_and_prepare()
+    train = builder.as_data_source("train")
+    names = [b"0002_c1s1_000451_03.jpg", b"0010_c3s2_1_01.jpg"]
+    assert [example["name"] for example in train] == names
+    assert [example["pid"] for example in train] == [2, 10]
+    assert (train[1]["image"] == colour("0010_c3s2_1_01")).all()
+  assert "tensorflow" not in sys.modules
 
 
 def fails(name, root, *words, **changes):

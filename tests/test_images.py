@@ -1,9 +1,11 @@
 """Decoding, resizing and the cache, with whatever may happen to them."""
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from unreid_jax import UserError, data, progress
-from unreid_jax.data import augment, images
+from unreid_jax.data import augment, cache, images
 from unreid_jax.models.backbones.resnet import MEAN, STD
 
 SIZE = {"height": 16, "width": 8}
@@ -69,6 +71,86 @@ def test_folder(folder):
     assert np.array_equal(image, rgb)
 
 
+RGB = np.random.default_rng(1).integers(0, 256, (16, 8, 3)).astype(np.uint8)
+GREY = RGB[..., :1].repeat(3, axis=2)
+IMAGE, TURNED = Image.fromarray(RGB), Image.fromarray(np.rot90(RGB))
+BLACK = RGB * (np.arange(8) < 4)[:, None]  # the right half
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # to be turned by 90 degrees, clockwise
+
+
+def two_frames(path):
+  other = Image.fromarray(255 - RGB)
+  lossless = {"lossless": True} if path.suffix == ".webp" else {}
+  IMAGE.save(path, save_all=True, append_images=[other], **lossless)
+
+
+def with_alpha(path):
+  alpha = BLACK.any(2) * np.uint8(255)
+  Image.fromarray(np.dstack([RGB, alpha])).save(path)
+
+
+def with_clear_colour(path):
+  grey = Image.fromarray(np.where(BLACK, 200, 100)[..., 0].astype(np.uint8))
+  grey.save(path, transparency=100)
+
+
+PIXELS = [
+  ("a.png", Image.fromarray(RGB[..., 0].astype(np.uint16) * 257).save, GREY),
+  ("a.tif", Image.fromarray(RGB[..., 0].astype(">u2") * 257).save, GREY),
+  ("a.png", lambda path: TURNED.save(path, exif=EXIF), RGB),
+  ("a.tif", lambda path: TURNED.save(path, exif=EXIF), RGB),
+  ("a.webp", lambda path: TURNED.save(path, exif=EXIF, lossless=True), RGB),
+  ("a.png", lambda path: IMAGE.save(path, exif=b"Exif\0\0garbage"), RGB),
+  ("a.png", with_alpha, BLACK),
+  ("a.png", with_clear_colour, np.where(BLACK, 200, 0)[..., :1].repeat(3, 2)),
+  ("a.tif", IMAGE.convert("CMYK").save, RGB),
+  ("a.png", two_frames, RGB),
+  ("a.webp", two_frames, RGB),
+  ("a.tif", two_frames, RGB),
+]
+
+
+@pytest.mark.parametrize(("name", "save", "expected"), PIXELS)
+def test_pixels_of_every_kind(tmp_path, name, save, expected):
+  save(tmp_path / name)
+  assert np.array_equal(images.decode(tmp_path / name, **SIZE), expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "image", "words"),
+  [
+    ("a.tif", Image.fromarray(np.ones((9, 9), np.float32)), "convert it to 8"),
+    ("a.tif", Image.fromarray(np.ones((9, 9), np.int32)), "convert it to 8"),
+    ("a.eps", IMAGE, "not an image"),
+  ],
+)
+def test_pixels_that_mean_nothing_here(tmp_path, name, image, words):
+  image.save(tmp_path / name)
+  (tmp_path / name).rename(tmp_path / "a.jpg")
+  with pytest.raises(images.CorruptImage, match=words):
+    images.decode(tmp_path / "a.jpg", **SIZE)
+
+
+def test_large_images_are_decoded_alone(folder, monkeypatch):
+  """By the thread that writes, while the others are at the small ones."""
+  expected = load(folder).train.images
+  monkeypatch.setattr(images, "_MANY_PIXELS", 9 * 22)
+  alone, resize = [], images.resize
+
+  def watched(image, *size):
+    if threading.current_thread() is threading.main_thread():
+      alone.append(image.height)
+    return resize(image, *size)
+
+  monkeypatch.setattr(images, "resize", watched)
+  cache_dir = str(folder.parent / "other")
+  assert np.array_equal(
+    load(folder, cache_dir=cache_dir).train.images, expected
+  )
+  assert alone == [24, 23]
+
+
 def test_one_camera_without_sub_folders(folder):
   assert set(load(folder / "cam2").train.camids) == {1}
 
@@ -77,7 +159,7 @@ def test_cache_is_used_until_something_changes(folder, monkeypatch):
   first = load(folder).train.images
   (entry,) = entries(folder)
   with monkeypatch.context() as patch:
-    patch.setattr(images, "_decode", None)
+    patch.setattr(cache, "_make", None)
     assert np.array_equal(load(folder).train.images, first)
   assert load(folder, height=12).train.images.shape[1] == 12
   other = Image.fromarray(np.zeros((20, 9, 3), np.uint8))
@@ -110,7 +192,7 @@ def test_killed_while_decoding(folder):
   """
   command = [sys.executable, "-c", textwrap.dedent(script)]
   assert subprocess.run(command, check=False).returncode == -9
-  (unfinished,) = entries(folder)
+  unfinished, _ = entries(folder)  # and a lock that nobody holds
   assert unfinished.name.endswith(".unfinished")
   assert len(load(folder).train.images) == 5
   assert unfinished in entries(folder)  # another process may be at it
@@ -119,15 +201,53 @@ def test_killed_while_decoding(folder):
   assert unfinished not in entries(folder)
 
 
-def test_another_process_was_faster(folder):
+def test_another_process_was_faster(folder, monkeypatch):
+  """Where the file system has no locks."""
+
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
   def track(items, *_):
     yield from items
     with progress.shown_by(lambda items, *_: iter(items)):
       load(folder)
 
+  monkeypatch.setattr(cache.fcntl, "flock", no_locks)
   with progress.shown_by(track):
     assert len(load(folder).train.images) == 5
   assert len(entries(folder)) == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_processes_want_the_same_entry(folder, is_killed):
+  """The second waits, and says so, while the first lives and is at work."""
+  script = f"""
+    import sys
+    from unreid_jax import data, progress
+    def track(items, *_):
+      print("decodes", flush=True)
+      sys.stdin.readline()
+      return iter(items)
+    with progress.shown_by(track):
+      data.load("folder", root={str(folder)!r}, height=16, width=8,
+                cache_dir={str(folder.parent / "cache")!r})
+    print("done")
+  """
+  command = [sys.executable, "-c", textwrap.dedent(script)]
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  start = lambda: subprocess.Popen(command, text=True, **pipes)
+  with start() as first:
+    assert first.stdout.readline() == "decodes\n"
+    with start() as second:
+      assert "waiting" in second.stderr.readline()
+      if is_killed:
+        first.kill()
+      else:
+        assert first.communicate("\n") == ("done\n", "")
+      out, _ = second.communicate("\n")
+  assert out == ("decodes\ndone\n" if is_killed else "done\n")
+  finished = [x for x in entries(folder) if not x.name.endswith(".unfinished")]
+  assert len(finished) == 1
 
 
 def truncate(path):
@@ -171,22 +291,21 @@ def test_nothing_but_corrupt_images(tmp_path):
     load(tmp_path / "crops", on_corrupt="skip")
 
 
-def test_an_error_does_not_wait_for_the_rest(folder):
+def test_an_error_does_not_wait_for_the_rest(folder, monkeypatch):
   """Of a large folder only the images at hand are decoded."""
-  image = (folder / "cam1" / "0.png").read_bytes()
-  files = [
-    images.File(str(i), 0, 1, folder / "cam1" / "0.png") for i in range(5_000)
-  ]
-  read = []
+  (folder / "cam1" / "0.png").write_text("no image")
+  for i in range(500):
+    os.link(folder / "cam2" / "1.png", folder / "cam2" / f"more{i}.png")
+  decode, seen = images.decode, []
 
-  def reader():
-    return lambda i: read.append(i) or (image if i else b"")
+  def watched(path, *args, **options):
+    seen.append(path)
+    return decode(path, *args, **options)
 
-  with pytest.raises(UserError):
-    images.load_split(
-      files, reader, cache_dir=folder.parent / "cache", name="big", **SIZE
-    )
-  assert len(read) < 1_000
+  monkeypatch.setattr(images, "decode", watched)
+  with pytest.raises(UserError, match="is not an image"):
+    load(folder)
+  assert len(seen) < 200
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Images, identities and cameras of a dataset, ready for the device."""
 
-import functools
 import importlib
-import pathlib
 import pkgutil
 from collections.abc import Collection
 from typing import Annotated, Literal
@@ -11,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from unreid_jax import values
-from unreid_jax.data import datasets, synthetic
-from unreid_jax.data.images import Dataset, Split, files_in, load_split, resize
+from unreid_jax.data import cache, datasets, images, synthetic
+from unreid_jax.data.images import Dataset, Split
 from unreid_jax.values import Count, CountOrZero, Free
 
 __all__ = ["Dataset", "Split", "load", "names"]
@@ -49,7 +47,7 @@ def load(
       a directory of crops, in which each sub-folder is a camera: it has a train
       split only, without identities (pid -1).
     cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
-    on_corrupt: whether an image that cannot be read is left out.
+    on_corrupt: "skip": a damaged image is left out.
     version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.
     seed: the random seed from which the synthetic set is drawn.
     splits: the splits to decode or draw; the others are None.
@@ -57,38 +55,43 @@ def load(
   Raises:
     UserError: the set is missing or is not laid out as expected.
   """
-  values.check(values.fields(load), {"name": name})
+  given = {"name": name, "height": height, "width": width, "seed": seed}
+  values.check(values.fields(load), given | {"on_corrupt": on_corrupt})
   if name == "synthetic":
     return _synthetic(height, width, seed, splits)
-  cache_dir = pathlib.Path(cache_dir or "~/.cache/unreid_jax").expanduser()
-  files, open_reader = _open(name, root, version, cache_dir / "tfds")
+  cache_dir = cache_dir or "~/.cache/unreid_jax"
+  cache_dir = images.expand(cache_dir, "dataset.cache_dir")
   options = {"height": height, "width": width, "on_corrupt": on_corrupt}
-  options |= {"cache_dir": cache_dir}
+  try:  # every file is looked at before the first is read
+    files = _list_files(name, root, version)
+    files = {split: files[split] for split in files.keys() & set(splits)}
+    states = {split: images.fingerprint(files[split]) for split in files}
+  except OSError as error:
+    raise images.unreadable(error.filename or root, error) from None
 
   def read(split):
-    open_split = functools.partial(open_reader, split)
-    label = f"{name}-{split}"
-    return load_split(files[split], open_split, name=label, **options)
+    if split not in files:
+      return None
+    where = {"cache_dir": cache_dir, "name": f"{name}-{split}"}
+    return cache.load_split(files[split], states[split], **where, **options)
 
-  wanted = files.keys() & set(splits)
-  return Dataset(*(read(x) if x in wanted else None for x in Dataset._fields))
+  return Dataset(*map(read, Dataset._fields))
 
 
-def _open(name, root, version, data_dir):
-  """The files of each split, and a function that opens a split's reader."""
+def _list_files(name, root, version):
+  """The files of each split that a set has."""
   if name == "folder":
-    files = files_in(root)
-    return {"train": files}, lambda _: lambda i: files[i].path.read_bytes()
+    return {"train": images.files_in(root)}
   module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
   builders = {x.name: x for x in module.layout.Builder.__subclasses__()}
-  builder = builders[name](root=root, version=version, data_dir=data_dir)
-  return builder.files, builder.open_reader
+  return builders[name].list_files(root, version)
 
 
 def _synthetic(height, width, seed, splits) -> Dataset:
   def resized(split):
-    images = [resize(Image.fromarray(x), height, width) for x in split.images]
-    return split._replace(images=np.stack(images))
+    rows = map(Image.fromarray, split.images)
+    rows = [images.resize(row, height, width) for row in rows]
+    return split._replace(images=np.stack(rows))
 
   dataset = synthetic.make(seed, splits=splits)
   return Dataset(*(split and resized(split) for split in dataset))

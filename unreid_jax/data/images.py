@@ -1,29 +1,29 @@
-"""Decodes and resizes images once, into memory-mapped arrays in a cache."""
+"""Image files, and how one of them becomes pixels of the size asked for."""
 
-import concurrent.futures
+import contextlib
 import hashlib
 import io
-import json
-import logging
 import os
 import pathlib
-import shutil
-import tempfile
-import time
+import re
+import stat
 import zipfile
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
-from unreid_jax import UserError, progress
+from unreid_jax import UserError
 
+Path = pathlib.Path | zipfile.Path
 _Pixels = UInt8[np.ndarray, "h w 3"]
-_AT_ONCE = 256  # images decoded between two looks at what went wrong
-_UNFINISHED = ".unfinished"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# What may be inside, whatever the suffix says: Pillow knows many formats, and
+# would run Ghostscript for one of them.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+_MANY_PIXELS, _MANY_BYTES, _TOO_MANY_BYTES = 2**22, 2**24, 2**30
 
 
 class Split(NamedTuple):
@@ -43,164 +43,189 @@ class Dataset(NamedTuple):
   gallery: Split | None
 
 
-def is_image(name: str) -> bool:
-  """Whether a file name is an image's, and not Thumbs.db or the like."""
-  return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-
-
 class File(NamedTuple):
   """An image file on disk or in a zip, not read yet."""
 
   name: str
   pid: int
   camid: int
-  path: pathlib.Path | zipfile.Path
+  path: Path
+
+
+class CorruptImage(UserError):
+  """What is in a file is no image, or a damaged one."""
+
+
+def unreadable(path: Path | str, error: OSError) -> UserError:
+  """The system does not let us read a file or folder."""
+  reason = error.strerror or error
+  return UserError(
+    f"{path} cannot be read ({reason}): mend that or move it away"
+  )
+
+
+def expand(path: str, key: str) -> pathlib.Path:
+  """The path with "~" replaced by the home directory; `key` sets it."""
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError:
+    raise UserError(
+      f"{path}: the home directory is not known: set {key} to a full path"
+    ) from None
+
+
+def is_image(name: str) -> bool:
+  """Whether a file name is an image's, and not Thumbs.db or the like."""
+  return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def check_name(path: Path, name: str) -> None:
+  """Refuses a name that is not UTF-8, or would break a line of output."""
+  if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name):
+    raise UserError(f"{str(path)!a} has a name that is not text: rename it")
 
 
 def fingerprint(files: Sequence[File]) -> str:
   """Sixteen hex digits that change when a file is added, renamed or changed.
 
-  They are made from names, sizes and times of change (in a zip, checksums). It
-  raises a UserError if a file is missing.
+  They are made from names, sizes and times of change (in a zip, checksums and
+  that of the zip). It raises a UserError if a file is missing or is none.
   """
   digest = hashlib.sha256()
   for *labels, path in files:
-    try:
-      if isinstance(path, zipfile.Path):
-        info = path.root.getinfo(path.at)
-        state = info.file_size, info.CRC
-      else:
-        info = path.stat()
-        state = info.st_size, info.st_mtime_ns
-    except (OSError, KeyError):
-      raise UserError(f"{path} is missing: unpack the set again") from None
-    digest.update(repr((*labels, state)).encode())
+    digest.update(repr((*labels, _state(path))).encode())
   return digest.hexdigest()[:16]
 
 
-def resize(image: Image.Image, height: int, width: int) -> _Pixels:
-  """RGB of that size, by Pillow's bicubic filter, as torchvision does it."""
-  size = (width, height)
-  return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-
-
-def load_split(
-  files: Sequence[File],
-  open_reader: Callable[[], Callable[[int], bytes]],
-  *,
-  cache_dir: str | os.PathLike,
-  name: str,
-  height: int,
-  width: int,
-  on_corrupt: Literal["error", "skip"] = "error",
-) -> Split:
-  """The images of some files, decoded into the cache unless they are there.
-
-  An entry of the cache is a folder, which gets its name when it is complete:
-  `name`, the size of the images in pixels, and the fingerprint of the files.
-
-  If there is none, `open_reader` is called. It returns a function from a
-  position in `files` to an encoded image, which several threads call at once.
-
-  Raises:
-    UserError: an image cannot be decoded; with "skip", none of them can.
-  """
-  entry = f"{name}-{height}x{width}-{fingerprint(files)}"
-  folder = pathlib.Path(cache_dir, "images", entry)
-  if not folder.exists():
-    rows = _decode(files, open_reader(), height, width)
-    rows = progress.track(rows, f"decode {name}", len(files))
-    _write(folder, rows, (height, width, 3), on_corrupt)
-  corrupt = dict(json.loads((folder / "corrupt.json").read_text()))
-  if corrupt:
-    first = next(iter(corrupt.values()))
-    if on_corrupt == "error":
-      raise _corrupt_error(first)
-    logging.getLogger(__name__).warning(
-      "%s: %d of %d images left out; the first: %s",
-      name, len(corrupt), len(files), first,
-    )  # fmt: skip
-  kept = [file for i, file in enumerate(files) if i not in corrupt]
-  names, pids, camids, _ = zip(*kept, strict=True)
-  images = np.load(folder / "images.npy", mmap_mode="r")
-  pids, camids = np.array([pids, camids], np.int32)
-  return Split(images, pids, camids, names)
+def _state(path: Path) -> tuple[int, ...]:
+  """The size of a file in bytes, and what changes with its content."""
+  try:
+    if isinstance(path, zipfile.Path):
+      info = path.root.getinfo(path.at)
+      changed = os.stat(path.root.filename).st_mtime_ns
+      return info.file_size, info.CRC, changed
+    info = path.stat()
+  except (FileNotFoundError, KeyError):
+    raise UserError(f"{path} is missing: unpack the set again") from None
+  except OSError as error:
+    raise unreadable(path, error) from None
+  if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+    raise UserError(f"{path} is no regular file: move it away")
+  return info.st_size, info.st_mtime_ns
 
 
 def files_in(root: str) -> list[File]:
-  """Every image below a folder; the first sub-folder is its camera, from 1."""
-  folder = pathlib.Path(root).expanduser()
+  """Every image below a folder; the first sub-folder is its camera, from 1.
+
+  Links to folders are followed, hidden folders are not looked into.
+
+  Raises:
+    UserError: there is no image, a folder cannot be read, a link leads nowhere,
+      or two links lead to the same folder.
+  """
+  folder = expand(root, "dataset.root")
   if not root or not folder.is_dir():
     fix = "set it to a directory of crops"
     raise UserError(f'dataset.root="{root}" is no folder: {fix}')
-  paths = [p for p in folder.rglob("*") if is_image(p.name) and p.is_file()]
+  paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
-  paths = sorted(path.relative_to(folder).as_posix() for path in paths)
-  cameras = [path.partition("/")[0] if "/" in path else "" for path in paths]
+  names = sorted(paths)
+  cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
   camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
-  pairs = zip(paths, camids, strict=True)
-  return [File(path, -1, camid, folder / path) for path, camid in pairs]
+  pairs = zip(names, camids, strict=True)
+  return [File(name, -1, camid, paths[name]) for name, camid in pairs]
 
 
-def _decode(files, read, height, width):
-  """Yields each file's pixels, or a line that says why it has none."""
+def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The images below a folder; each folder is visited once."""
+  todo, known = [(root, set(map(str, root.resolve().parents)))], {}
+  while todo:
+    folder, above = todo.pop()
+    real = os.path.realpath(folder)
+    if real in above:  # a link back up, whose images have been seen
+      continue
+    if real in known:
+      raise UserError(
+        f"{folder} and {known[real]} are the same folder: remove one of them"
+      )
+    known[real] = folder
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+          continue
+        is_folder = entry.is_dir()
+        if is_folder or is_image(entry.name):
+          check_name(path, entry.name)
+        elif entry.is_symlink() and not path.exists():
+          raise UserError(f"{path} leads nowhere: mend or remove the link")
+        if is_folder:
+          todo.append((path, above | {real}))
+        elif is_image(entry.name):
+          yield path
 
-  def decode(i):
-    try:
-      with Image.open(io.BytesIO(read(i))) as image:
-        return resize(image, height, width)
-    except Image.UnidentifiedImageError:
-      return f"{files[i].path} is not an image"
-    except Exception as error:  # each of Pillow's formats has its own
-      return f"{files[i].path} cannot be decoded ({error})"
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(files), _AT_ONCE):
-      yield from pool.map(decode, range(len(files))[start : start + _AT_ONCE])
+def decode(
+  path: Path, height: int, width: int, *, if_small: bool = False
+) -> _Pixels | None:
+  """The pixels of an image file, upright, in RGB of that size.
 
+  With `if_small`, None for an image of many pixels or bytes: whoever decodes
+  several at once decodes that one alone, so that memory stays bounded.
 
-def _write(folder, rows, shape, on_corrupt) -> None:
-  """Writes an entry under a temporary name and renames it at the end."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  for other in folder.parent.glob(f"*{_UNFINISHED}"):  # of killed runs
-    if time.time() - other.stat().st_mtime > 24 * 3600:
-      shutil.rmtree(other, ignore_errors=True)
-  new = pathlib.Path(tempfile.mkdtemp(_UNFINISHED, dir=folder.parent))
+  Raises:
+    CorruptImage: what is in the file is no image, or a damaged one.
+    UserError: the file cannot be read; it may be healthy.
+  """
+  size = _state(path)[0]
+  if size > _TOO_MANY_BYTES:
+    raise CorruptImage(f"{path} has {size / 1e9:.1f} GB, which is no crop")
+  if if_small and size > _MANY_BYTES:
+    return None
   try:
-    corrupt = _write_rows(new / "images.npy", rows, shape, on_corrupt)
-    (new / "corrupt.json").write_text(json.dumps(corrupt))
-    new.rename(folder)
-  except OSError:
-    if not folder.exists():  # else another process was faster
-      raise
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
+    encoded = io.BytesIO(path.read_bytes())
+    with Image.open(encoded, formats=_FORMATS) as image:
+      if if_small and image.width * image.height > _MANY_PIXELS:
+        return None
+      return resize(image, height, width)
+  except MemoryError:
+    raise UserError(
+      f"{path}: there is not enough memory to decode it"
+    ) from None
+  except Image.UnidentifiedImageError:
+    raise CorruptImage(f"{path} is not an image") from None
+  except Exception as error:  # each of Pillow's formats and zip has its own
+    if isinstance(error, OSError) and error.errno:  # Pillow's have none
+      raise unreadable(path, error) from None
+    reason = str(error) or type(error).__name__
+    raise CorruptImage(f"{path} cannot be decoded ({reason})") from None
 
 
-def _write_rows(path, rows, shape, on_corrupt) -> list[tuple[int, str]]:
-  """Writes the images; returns (position, reason) of each that is missing."""
-  corrupt, header = [], {"descr": "|u1", "fortran_order": False}
-  write_header = np.lib.format.write_array_header_1_0
-  with open(path, "wb") as file:
-    write_header(file, header | {"shape": (0, *shape)})
-    count = 0
-    for i, row in enumerate(rows):
-      if isinstance(row, str):
-        corrupt.append((i, row))
-        if on_corrupt == "error":
-          raise _corrupt_error(row)
-      else:
-        file.write(row.tobytes())
-        count += 1
-    file.seek(0)  # both headers have the same length
-    write_header(file, header | {"shape": (count, *shape)})
-  if not count:
-    raise _corrupt_error(f"no image can be read: {corrupt[0][1]}")
-  return corrupt
+def resize(image: Image.Image, height: int, width: int) -> _Pixels:
+  """RGB of that size, by Pillow's bicubic filter, as torchvision does it.
+
+  An image is turned upright as its EXIF says; of several frames the first is
+  taken. What is transparent becomes black, and 16 bits become 8.
+  """
+  size = (width, height)
+  return np.asarray(_rgb(image).resize(size, Image.Resampling.BICUBIC))
 
 
-def _corrupt_error(line: str) -> UserError:
-  return UserError(
-    f'{line}: replace or delete the file, or set dataset.on_corrupt="skip"'
-  )
+def _rgb(image: Image.Image) -> Image.Image:
+  image.load()
+  with contextlib.suppress(SyntaxError):  # EXIF damaged, pixels perhaps not
+    ImageOps.exif_transpose(image, in_place=True)
+  if image.mode in ("I", "F"):
+    raise UserError("32 bits a pixel, of unknown range: convert it to 8 bits")
+  if image.mode.startswith("I;16"):  # Pillow would cut at 255
+    scaled = np.rint(np.asarray(image) / np.float32(257))
+    image = Image.fromarray(scaled.astype(np.uint8))
+  is_opaque = not image.has_transparency_data
+  mode = "RGB" if is_opaque else "RGBA"
+  image = image if image.mode == mode else image.convert(mode)
+  if is_opaque:
+    return image
+  black = Image.new("RGB", image.size)
+  black.paste(image, mask=image)
+  return black

@@ -13,7 +13,8 @@ class CUHK03NP(layout.Builder):
     "labeled": (7_368, 1_400, 5_328),
   }
 
-  def find(self, root: str, version: str) -> dict[str, list[File]]:
+  @classmethod
+  def find(cls, root: str, version: str) -> dict[str, list[File]]:
     """Takes the root as it is if no folder in it is named after a version."""
     folders = [f"cuhk03-np/{version}", version, "cuhk03-np"]
     folder = layout.locate(root, folders, "bounding_box_train")

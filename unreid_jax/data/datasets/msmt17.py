@@ -4,7 +4,7 @@ import logging
 
 from unreid_jax import UserError
 from unreid_jax.data.datasets import layout
-from unreid_jax.data.images import File
+from unreid_jax.data.images import File, check_name
 
 # The folders of the train and the test images.
 _FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
@@ -20,7 +20,8 @@ class MSMT17(layout.Builder):
   name = "msmt17"
   SIZES = dict.fromkeys(("", "V1", "V2"), (32_621, 11_659, 82_161))
 
-  def find(self, root: str, version: str) -> dict[str, list[File]]:
+  @classmethod
+  def find(cls, root: str, version: str) -> dict[str, list[File]]:
     """Without a version, takes V1 where it finds both."""
     asked = [version] if version else list(_FOLDERS)
     markers = [_FOLDERS[v][0] for v in asked]
@@ -45,18 +46,32 @@ class MSMT17(layout.Builder):
 
 def _listed(folder, images, *lists: str) -> list[File]:
   """Reads lines like "0000/0000_000_01_0303_8_0.jpg 0": camera 1 and pid 0."""
-  files = []
-  for name in lists:
-    if not (folder / name).is_file():
-      raise UserError(f"{folder / name} is missing: unpack the set again")
-    for line in (folder / name).read_text().splitlines():
+  files = {}
+  for path in (folder / name for name in lists):
+    for line in filter(str.strip, _lines(path)):
       try:
-        image, pid = line.rsplit(maxsplit=1)
-        camid = int(image.split("/")[-1].split("_")[2])
-        files.append(File(image, int(pid), camid, images / image))
+        name, pid = line.rsplit(maxsplit=1)
+        camid = name.split("/")[-1].split("_")[2]
+        file = File(name, *map(layout.read_id, (pid, camid)), images / name)
       except (ValueError, IndexError):
         raise UserError(
-          f'{folder / name}: "{line}" is not PATH PID with the camera third in '
+          f"{path}: {line[:200]!a} is not PATH PID with the camera third in "
           "the file's name: unpack the set again"
         ) from None
-  return sorted(files, key=lambda file: file.name)
+      check_name(path, name)
+      if files.setdefault(name, file) is not file:
+        raise UserError(f"{path} names {name} again: remove one of the lines")
+  if not files:
+    raise UserError(f"{path} names no image: unpack the set again")
+  return sorted(files.values(), key=lambda file: file.name)
+
+
+def _lines(path) -> list[str]:
+  if not path.is_file():
+    raise UserError(f"{path} is missing: unpack the set again")
+  try:
+    return path.read_text(encoding="utf-8-sig").splitlines()
+  except Exception as error:  # zipfile has many
+    raise UserError(
+      f"{path} cannot be read ({error}): unpack the set again"
+    ) from None
