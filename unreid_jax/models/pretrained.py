@@ -146,9 +146,10 @@ def _fill(state, encoder, variables):
     names = dict.fromkeys(name.format(i) for i in range(len(named)))
     found = {x: named[x] for x in names if x in named}
     if not found and path[1] == "backbone":
-      first = next(iter(named), "no weight at all")
+      first = next(iter(named), "missing")
       raise UserError(
-        f"it has no weight {name}, but {first}: set encoder.arch to the file's"
+        f"it has no weight {name}, its first is {first}: set encoder.arch to "
+        "the file's"
       )
     new[path] = _convert(name, path, found, flat[path]) if found else old
     used.update(found)

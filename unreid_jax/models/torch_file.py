@@ -10,7 +10,7 @@ import mmap
 import pathlib
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - tells NumPy what bfloat16 and float8 are
 import numpy as np
@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       ) from None
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
   """The layout since PyTorch 1.6: a zip of a pickle and the storages."""
   with zipfile.ZipFile(file) as archive:
     infos, names = archive.infolist(), archive.namelist()
@@ -86,7 +86,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
     return _arrays(tree, read_storage)
 
 
-def _read_stream(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_stream(file: io.BufferedReader) -> dict[str, np.ndarray]:
   """The layout before: five pickles, then one storage after the other."""
   # Of a mapped file no more can be asked for than there is.
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

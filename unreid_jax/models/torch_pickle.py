@@ -7,9 +7,11 @@ tables below; nothing is imported, called or given an attribute because the file
 says so. The pickle's length bounds the memory, and the time.
 """
 
+import io
+import mmap
 import pickletools
 import re
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from unreid_jax import UserError
 
@@ -84,7 +86,7 @@ class Ignored:
   """What is neither a tensor nor a container, text or number."""
 
 
-def follow(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+def follow(stream: io.BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
   """What the pickle at the stream's position describes, and its storages.
 
   Dictionaries keep the entries only whose keys are texts.
