@@ -143,7 +143,8 @@ def _fill(state, encoder, variables):
   flat, new, used = traverse_util.flatten_dict(variables), {}, set()
   for path, old in flat.items():
     name = torch_name(encoder, path)
-    names = dict.fromkeys(name.format(i) for i in range(len(named)))
+    count = len(named) if "{}" in name else 1
+    names = [name.format(i) for i in range(count)]
     found = {x: named[x] for x in names if x in named}
     if not found and path[1] == "backbone":
       first = next(iter(named), "missing")
