@@ -1,11 +1,10 @@
 """Weights of PyTorch models, in every spelling that the field uses."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.flax
 import safetensors.numpy
 from flax import traverse_util
 from numpy.testing import assert_array_equal
@@ -96,44 +95,123 @@ def test_heads(encoders):
 
 
 def test_mistakes_name_the_weight(encoders):
-  state = _torchvision_state(encoders["neck"][1])
-  wrong = state | {"layer1.0.conv1.weight": np.zeros((8, 4, 3, 3), np.float32)}
-  with pytest.raises(UserError, match=r"layer1\.0\.conv1.*4, 8.*8, 8"):
-    pretrained.from_torch(wrong, *encoders["neck"])
+  encoder, state = encoders["neck"], _torchvision_state(encoders["neck"][1])
+  conv, var = "layer1.0.conv1.weight", "bn1.running_var"
+  for changes, message in (
+    ({conv: np.zeros((8, 4, 3, 3), "f")}, f"{conv}.*4, 8.*8, 8"),
+    ({"bn1.weight": np.float32(1)}, r"bn1\.weight.*\(\)"),
+    ({conv: np.broadcast_to(np.float32(1), (8, 8, 3, 2**40))}, "width"),
+    ({conv: state[conv].astype(np.int8)}, f"{conv} is int8: save"),
+    ({conv: state[conv] * np.nan}, f"{conv} holds NaN"),
+    ({conv: np.full((8, 8, 3, 3), 1e300)}, f"{conv} holds NaN"),
+    ({var: -state[var]}, f"{var} holds .* negative variance"),
+    ({"module.bn1.weight": state["bn1.weight"]}, "has bn1.weight twice"),
+    ({"layer3.2.conv1.weight": np.zeros(1)}, "it has layer3.2.conv1.weight, w"),
+    ({"conv1.bias": np.zeros(8)}, "conv1.bias, which .*: set encoder.arch"),
+  ):
+    with pytest.raises(UserError, match=message):
+      pretrained.from_torch(state | changes, *encoder)
   del state["layer4.1.bn2.running_var"]
-  with pytest.raises(UserError, match=r"layer4\.1\.bn2\.running_var"):
-    pretrained.from_torch(state, *encoders["neck"])
+  with pytest.raises(
+    UserError, match=r"layer4\.1\.bn2\.running_var, its first is bn1"
+  ):
+    pretrained.from_torch(state, *encoder)
+  with pytest.raises(UserError, match="it has no weight"):
+    pretrained.from_torch({}, *encoder)
+  stripe = "local_pooling.local_conv_list.{}.0.weight"
+  sizes = {stripe.format(i): np.ones((4, 64 - i % 2), "f") for i in range(8)}
+  with pytest.raises(UserError, match=r"\(63, 4\) and \(64, 4\)"):
+    state = _torchvision_state(encoders["stripes"][1]) | sizes
+    pretrained.from_torch(state, *encoders["stripes"])
 
 
-def test_files(encoders, tmp_path):
+def test_every_tensor_is_accounted_for(encoders, tmp_path, caplog):
+  path = tmp_path / "weights.safetensors"
+  state = _torchvision_state(encoders["neck"][1])
+  state |= {
+    "fc.bias": np.zeros(1000, "f"),
+    "bn1.num_batches_tracked": np.array(3),
+  }
+  state["gap.p"] = np.float32([3])
+  safetensors.numpy.save_file(state, path)
+  with caplog.at_level("INFO"):
+    pretrained.load(path, *encoders["neck"])
+  assert caplog.messages == [
+    f"{path}: loaded {len(state) - 3} tensors; ignored counters of batches: "
+    "bn1.num_batches_tracked; ignored what is no part of the encoder, such as "
+    "a classifier: fc.bias, fc.weight; not in the file, left as they were: "
+    "head.bn.bias, head.bn.mean, head.bn.scale and 1 more"
+  ]
+
+
+def test_files(encoders, tmp_path, monkeypatch):
   encoder, path = encoders["neck"], tmp_path / "weights.safetensors"
-  with pytest.raises(UserError, match="no such file"):
-    pretrained.load(path, *encoder)
-  path.write_bytes(b"nonsense")
-  with pytest.raises(UserError, match="not a safetensors file"):
-    pretrained.load(path, *encoder)
   state = _torchvision_state(encoder[1])
   safetensors.numpy.save_file(state, path)
   want = pretrained.from_torch(state, *encoder)
   jax.tree.map(assert_array_equal, pretrained.load(path, *encoder), want)
+  # What is in it counts, not its name; and ~ is the user's home.
+  monkeypatch.setenv("HOME", str(tmp_path))
+  path.rename(tmp_path / "weights.pth")
+  got = pretrained.load("~/weights.pth", *encoder)
+  jax.tree.map(assert_array_equal, got, want)
+  half = {k: jnp.asarray(v, jnp.bfloat16) for k, v in state.items()}
+  safetensors.flax.save_file(half, path)
+  got = pretrained.load(path, *encoder)["params"]["backbone"]["conv1"]["kernel"]
+  assert_array_equal(got[0, 0, 0], np.float32(half["conv1.weight"][:, 0, 0, 0]))
 
 
-def test_torch_files(encoders, tmp_path):
-  torch = pytest.importorskip("torch")
-  encoder, path = encoders["neck"], tmp_path / "checkpoint.pth.tar"
-  state = _torchvision_state(encoder[1])
-  tensors = {f"module.{k}": torch.from_numpy(v) for k, v in state.items()}
-  torch.save({"state_dict": tensors, "best_mAP": np.float64(0.5)}, path)
-  want = pretrained.from_torch(state, *encoder)
-  jax.tree.map(assert_array_equal, pretrained.load(path, *encoder), want)
-  path.write_bytes(b"nonsense")
-  with pytest.raises(UserError, match="not weights that PyTorch can read"):
-    pretrained.load(path, *encoder)
+def _header(header: bytes, data=b"") -> bytes:
+  return len(header).to_bytes(8, "little") + header + data
 
 
-def test_torch_files_without_torch(encoders, tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  path = tmp_path / "weights.pth"
-  path.write_bytes(b"")
-  with pytest.raises(UserError, match="pip install torch"):
+_FLOAT8 = b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
+_OTHER_FILES = {
+  "empty.pth": (b"", "it is empty"),
+  "page.pth": (
+    b"<!DOCTYPE html><html>404</html>",
+    "a text, as failed downloads",
+  ),
+  "page.safetensors": (b'{"message": "Not Found"}', "a text"),
+  "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
+  "tar.pth.tar": (
+    b"weights.pth".ljust(257, b"\0") + b"ustar\0",
+    "a tar: unpack",
+  ),
+  "packed.pth": (b"\x1f\x8b\x08\0\0\0\0\0", "compressed: unpack"),
+  "keras.pth": (b"\x89HDF\r\n\x1a\n", "HDF5"),
+  "net.onnx": (b"\x08\x07\x12\x07pytorch\x1a\x03", "an ONNX model: convert"),
+  "model.ckpt.index": (b"\0\0\4\0_CHECK", "TensorFlow's: convert"),
+  "model.ckpt.data-00000-of-00001": (bytes(64), "TensorFlow's: convert"),
+  "noise.pth": (bytes(range(256)), "neither torch.save nor safetensors"),
+  "cut.safetensors": (_header(b'{"a": {', b"")[:-1], "or it is damaged"),
+  "huge.safetensors": (b"\xff" * 7 + b"\x7f{}", "header too large"),
+  "float8.safetensors": (_header(_FLOAT8, b"\0"), "safetensors of float32"),
+  "list.pth": (b"\x80\2]q\0.", "a pickle that torch.save did not write"),
+  "photos.pth": (b"PK\5\6" + bytes(18), "a zip that torch.save did not write"),
+}
+
+
+@pytest.mark.parametrize("name", _OTHER_FILES)
+def test_other_files(name, encoders, tmp_path):
+  content, message = _OTHER_FILES[name]
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=message) as raised:
     pretrained.load(path, *encoders["neck"])
+  assert str(raised.value).startswith(f"{path}: ")
+  assert str(raised.value).isprintable()
+
+
+def test_no_file(tmp_path):
+  with pytest.raises(UserError, match="no such file: download"):
+    pretrained.read(tmp_path / "weights.pth")
+  with pytest.raises(UserError, match="is a folder: name the file"):
+    pretrained.read(tmp_path)
+  with pytest.raises(UserError, match=r"~nobody-here.*home"):
+    pretrained.read("~nobody-here/weights.pth")
+  odd = tmp_path / "weights.pth"
+  odd.write_bytes(b"\x80\2cevil\x1b[2J\nname\n.")
+  with pytest.raises(UserError) as raised:
+    pretrained.read(odd)
+  assert str(raised.value).isprintable()

@@ -1,15 +1,16 @@
 """Weights trained in PyTorch, loaded into an encoder's variables."""
 
+import logging
 import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from unreid_jax import UserError
-from unreid_jax.models import Encoder
+from unreid_jax.models import Encoder, torch_file
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 _LEAVES |= {"mean": "running_mean", "var": "running_var"}
@@ -21,26 +22,59 @@ _HEAD = {
   "stripes": "local_pooling.local_conv_list.{}.0",
   "stripes_bn": "local_pooling.local_conv_list.{}.1",
 }
+_OTHER_FILES = (  # how they begin, what they are, what to do
+  (rb"version https://git-lfs", "a pointer of Git LFS: run git lfs pull there"),
+  (
+    rb"[\t\r\n -~\x80-\xff]+\Z",
+    "a text, as failed downloads are: get it again",
+  ),
+  (rb".{257}ustar", "a tar: unpack it, and name the file of weights in it"),
+  (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc", "compressed: unpack it"),
+  (rb"\x89HDF", "HDF5, as Keras writes it: convert it to .safetensors"),
+  (rb"\x08[\1-\x20][\x12\x1a]", "an ONNX model: convert it to .safetensors"),
+)
+_TENSORFLOW = r".*\.(index|meta|pb|tflite|data-\d+-of-\d+)"
+_log = logging.getLogger(__name__)
 
 
 def load(path: str | pathlib.Path, encoder: Encoder, variables: dict) -> dict:
   """The variables with the weights of a file in place; see `from_torch`.
 
-  The file is a .safetensors, or a state dict or {"state_dict": ...} that
-  torch.save wrote; reading that needs PyTorch.
+  Logs what became of each tensor.
 
   Raises:
-    UserError: there is no such file, it cannot be read, or its weights are for
-      another encoder.
+    UserError: the file is none of weights, see `read`, or its weights are
+      damaged or for another encoder.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"{path}: no such file: download the weights there first")
-  read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+  state = read(path)
   try:
-    return from_torch(read(path), encoder, variables)
+    variables, summary = _fill(state, encoder, variables)
   except UserError as error:
-    raise UserError(f"{path}: {error}") from None
+    raise _about(path, error) from None
+  _log.info("%s: %s", path, summary)
+  return variables
+
+
+def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a .safetensors, or of what torch.save wrote, by name.
+
+  Their axes are in PyTorch's order. What is in a file decides how it is read,
+  not how it is called; PyTorch is not needed, see `torch_file`.
+
+  Raises:
+    UserError: there is no such file, or it cannot be read.
+  """
+  try:
+    file = pathlib.Path(path).expanduser()
+    if file.is_dir():
+      raise UserError("it is a folder: name the file of weights in it")
+    if not file.is_file():
+      raise UserError("no such file: download the weights there first")
+    return _read(file)
+  except (UserError, RuntimeError) as error:  # the latter by expanduser
+    raise _about(path, error) from None
+  except OSError as error:
+    raise _about(path, f"it cannot be read: {error.strerror}") from None
 
 
 def from_torch(
@@ -51,17 +85,14 @@ def from_torch(
   The backbone knows its names, see `backbones.Backbone`. Heads have those of
   Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
   ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
-  state dict does not have; classifiers are ignored. The arrays have PyTorch's
-  order of axes.
+  state dict does not have; what is neither backbone nor head is ignored, such
+  as a classifier. The arrays have PyTorch's order of axes.
 
   Raises:
-    UserError: a weight of the backbone is missing, or a shape differs.
+    UserError: a weight of the backbone is missing or is one too many, a shape
+      differs, or a weight is not a finite number.
   """
-  torch_key = encoder.backbone.torch_key
-  state = {torch_key(key): value for key, value in state.items()}
-  flat = traverse_util.flatten_dict(variables)
-  new = {path: _replace(encoder, path, flat[path], state) for path in flat}
-  return traverse_util.unflatten_dict(new)
+  return _fill(state, encoder, variables)[0]
 
 
 def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
@@ -77,50 +108,122 @@ def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
   return f"{name}.{_LEAVES.get(leaf, leaf)}"
 
 
-def _replace(encoder, path, old, state):
-  name = torch_name(encoder, path)
-  names = dict.fromkeys(name.format(i) for i in range(len(state)))
-  arrays = [np.asarray(state[key]) for key in names if key in state]
-  if not arrays:
-    if path[1] == "head":
-      return old
-    raise UserError(f"it has no weight {name}: set encoder.arch to the file's")
-  # PyTorch has [out, in, h, w] and [out, in].
-  arrays = [x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for x in arrays]
-  # The weights of stripes have an axis for them; their norms are one norm.
-  new = (np.stack if path[2] == "stripes" else np.concatenate)(arrays)
-  if new.shape != old.shape:
-    raise UserError(
-      f"its {name} makes an array of {new.shape}, the encoder's is "
-      f"{old.shape}: set encoder.arch, width and dimensions to the file's"
-    )
-  return jnp.asarray(new, old.dtype)
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read(path):
+  with open(path, "rb") as file:
+    start = file.read(512)
+  if not start:
+    raise UserError("it is empty: get it again")
+  is_torch = start.startswith((b"PK", b"\x80", b"L119547037146038801333356L"))
+  if is_torch and start[8:9] != b"{":
+    return torch_file.read(path)
+  for pattern, what in _OTHER_FILES:
+    if re.match(pattern, start, re.DOTALL) and start[8:9] != b"{":
+      raise UserError(f"it is {what}")
+  if re.fullmatch(_TENSORFLOW, path.name):
+    raise UserError("it is TensorFlow's: convert it to .safetensors")
   try:
     return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as bad:
-    raise UserError(f"not a safetensors file ({bad}): copy it again") from None
-
-
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    import torch
-  except ImportError:
+  except (safetensors.SafetensorError, AttributeError) as bad:
+    # The latter: NumPy lacks such numbers.
     raise UserError(
-      "reading it needs PyTorch: pip install torch, or convert it to "
-      ".safetensors where PyTorch is installed"
+      "neither torch.save nor safetensors wrote it, or it is damaged "
+      f"({bad}): get it again, or convert it to .safetensors of float32"
     ) from None
-  # The references save their best mAP, a NumPy scalar, with the weights.
-  scalar = np.float64(0).__reduce__()[0]
-  old_name = (scalar, "numpy.core.multiarray.scalar")
-  safe = [scalar, old_name, np.dtype, np.dtypes.Float64DType]
-  try:
-    with torch.serialization.safe_globals(safe):
-      state = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:
-    reason = str(error).partition("\n")[0]
-    raise UserError(f"not weights that PyTorch can read: {reason}") from error
-  state = state.get("state_dict", state)
-  return {key: value.float().numpy() for key, value in state.items()}
+
+
+def _about(path, error) -> UserError:
+  """An error in one line, whatever a file calls its tensors."""
+  text = "".join(c if c.isprintable() else "?" for c in str(error))
+  return UserError(f"{path}: {text[:400]}")
+
+
+def _fill(state, encoder, variables):
+  """The variables with the weights, and a line on what became of each."""
+  named = _by_name(state, encoder)
+  flat, new, used = traverse_util.flatten_dict(variables), {}, set()
+  for path, old in flat.items():
+    name = torch_name(encoder, path)
+    count = len(named) if "{}" in name else 1
+    names = [name.format(i) for i in range(count)]
+    found = {x: named[x] for x in names if x in named}
+    if not found and path[1] == "backbone":
+      first = next(iter(named), "missing")
+      raise UserError(
+        f"it has no weight {name}, its first is {first}: set encoder.arch to "
+        "the file's"
+      )
+    new[path] = _convert(name, path, found, flat[path]) if found else old
+    used.update(found)
+  rest = _rest(named.keys() - used, encoder, flat)
+  if kept := sorted(".".join(x[1:]) for x in flat if new[x] is flat[x]):
+    rest.append(f"not in the file, left as they were: {_some(kept)}")
+  summary = "; ".join([f"loaded {len(used)} tensors", *rest])
+  return traverse_util.unflatten_dict(new), summary
+
+
+def _by_name(state, encoder):
+  """The arrays by the names that the backbone's own code base gives them."""
+  named = {}
+  for key, value in state.items():
+    name = encoder.backbone.torch_key(key)
+    if name in named:
+      raise UserError(f"it has {name} twice, once as {key}: delete one of them")
+    named[name] = np.asarray(value)
+  return named
+
+
+def _rest(left, encoder, flat):
+  """Why the tensors are ignored that the encoder has no place for."""
+  paths = [path for path in flat if path[1] == "backbone"]
+  stages = {torch_name(encoder, path).split(".")[0] for path in paths}
+  counters = [name for name in left if name.endswith("num_batches_tracked")]
+  others = sorted(left.difference(counters))
+  for name in others:
+    if name.split(".")[0] in stages:
+      raise UserError(
+        f"it has {name}, which the encoder has not: set encoder.arch to the "
+        "file's"
+      )
+  return [
+    f"ignored {what}: {_some(names)}"
+    for what, names in (
+      ("counters of batches", sorted(counters)),
+      ("what is no part of the encoder, such as a classifier", others),
+    )
+    if names
+  ]
+
+
+def _some(names) -> str:
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return ", ".join(names[:3]) + more
+
+
+def _convert(name, path, found, old):
+  """The variable at the path, from the arrays of PyTorch that make it up."""
+  is_stripes = path[2] == "stripes"
+  # PyTorch has [out, in, h, w] and [out, in].
+  found = {
+    key: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    for key, x in found.items()
+  }
+  # The weights of stripes have an axis for them; their norms are one norm.
+  length, *shape = old.shape
+  shape = shape if is_stripes else [length // len(found), *shape]
+  sizes = {x.shape for x in found.values()}
+  if sizes != {tuple(shape)} or sum(x.size for x in found.values()) != old.size:
+    each = " and ".join(map(str, sorted(sizes)))
+    raise UserError(
+      f"its {name} makes {len(found)} of {each}, the encoder's is {old.shape}: "
+      "set encoder.arch, width and dimensions to the file's"
+    )
+  for key, x in found.items():
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise UserError(f"its {key} is {x.dtype}: save the weights as float32")
+    with np.errstate(all="ignore"):
+      found[key] = x = x.astype(old.dtype)
+    if not np.isfinite(x).all() or (path[-1] == "var" and x.min() < 0):
+      bad = "NaN, an infinity or a negative variance"
+      raise UserError(f"its {key} holds {bad}: it is damaged, get it again")
+  join = np.stack if is_stripes else np.concatenate
+  return jnp.asarray(join(list(found.values())), old.dtype)
