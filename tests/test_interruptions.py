@@ -53,7 +53,7 @@ def hang_in(owner, name, here, is_deaf, arguments, log):
 @pytest.mark.parametrize(
   "owner, name, is_deaf, signals",
   [
-    ("unreid_jax.data.images", "_write_rows", False, [signal.SIGTERM]),
+    ("unreid_jax.data.cache", "_write", False, [signal.SIGTERM]),
     ("unreid_jax.train", "first_state", True, [signal.SIGHUP]),
     ("unreid_jax.train", "first_state", True, [signal.SIGINT, signal.SIGTERM]),
     ("unreid_jax.train", "relabel", False, [signal.SIGINT, signal.SIGTERM]),
