@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from unreid_jax import values
+from unreid_jax.arrays import checked
 from unreid_jax.pseudo_labels import dbscan, jaccard_from_neighbors, neighbors
 from unreid_jax.pseudo_labels.infomap import (
   check_installed,
@@ -67,6 +68,7 @@ class Clustering(values.Checked):
       check_installed()
 
 
+@checked
 def cluster(
   hp: Clustering,
   features: _Features,
@@ -150,6 +152,7 @@ def _is_useless(labels, outliers_are_classes):
   return is_few and (_is_giant(labels) or not outliers_are_classes)
 
 
+@checked
 def center_by_camera(
   features: _Features, camids: Int[np.ndarray, " n"]
 ) -> _Features:
@@ -161,18 +164,26 @@ def center_by_camera(
   return centered / np.maximum(norms, 1e-12)
 
 
-def keep_largest(labels: _Labels, most: int) -> tuple[_Labels, tuple[str, ...]]:
+@checked
+def keep_largest(
+  labels: _Labels, most: values.CountOrZero
+) -> tuple[_Labels, tuple[str, ...]]:
   """Makes outliers of all but the `most` largest clusters, and a note of it."""
-  sizes = np.bincount(labels[labels >= 0])
-  if len(sizes) <= most:
+  clusters, at, sizes = np.unique(
+    labels, return_inverse=True, return_counts=True
+  )
+  num = np.sum(clusters >= 0)
+  if num <= most:
     return labels, ()
+  sizes[clusters < 0] = 0
   kept = np.sort(np.argsort(-sizes, kind="stable")[:most])
-  renumber = np.full(len(sizes) + 1, -1, labels.dtype)
+  renumber = np.full(len(sizes), -1, labels.dtype)
   renumber[kept] = np.arange(most)
-  note = f"the {most} largest of {len(sizes)} clusters are kept"
-  return renumber[labels], (note,)
+  note = f"the {most} largest of {num} clusters are kept"
+  return renumber[at], (note,)
 
 
+@checked
 def describe(
   labels: _Labels, pids: Int[np.ndarray, " n"] | None = None
 ) -> dict[str, float | int]:
@@ -182,9 +193,13 @@ def describe(
   sizes; with the true identities also NMI, ARI, and precision and recall of the
   pairs that share a label, for which each outlier is a cluster of its own.
   """
-  sizes = np.bincount(labels[labels >= 0])
-  labels = np.where(np.isin(labels, np.flatnonzero(sizes == 1)), -1, labels)
-  sizes = sizes[sizes > 1]
+  clusters, at, sizes = np.unique(
+    labels, return_inverse=True, return_counts=True
+  )
+  labels = np.where((clusters < 0) | (sizes == 1), -1, np.arange(len(sizes)))[
+    at
+  ]
+  sizes = sizes[(clusters >= 0) & (sizes > 1)]
   out = {"clusters": len(sizes), "outliers": int(np.sum(labels < 0))}
   if len(sizes):
     names = ("min", "q25", "median", "q75", "max")
