@@ -44,13 +44,14 @@ def rerank(
   Source: Zhong et al., CVPR 2017, eq. 3 to 12, as `re_ranking` of yxgeee/SpCL.
   """
   features = as_features(np.concatenate([query, gallery]))
-  distances, indices, farthest = search(features, k1 + 1)
+  *found, farthest = search(features, max(k1 + 1, k2))
+  distances, indices = (np.ascontiguousarray(x[:, : k1 + 1]) for x in found)
   scale = np.maximum(farthest, np.float32(1e-37))
   half = round(k1 / 2) + 1
   exponents = reciprocal_distances(features, distances, indices, half)
   sizes = np.diff(exponents.indptr)
   exponents.data = np.square(exponents.data / np.repeat(scale, sizes))
-  lists = by_column(encode(exponents, indices, k2))
+  lists = by_column(encode(exponents, found[1], k2))
   squared = np.einsum("nd,nd->n", features, features)
   out = features[: len(query)] @ features[len(query) :].T
   weight = np.float32(lambda_value)
