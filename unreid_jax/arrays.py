@@ -68,7 +68,7 @@ def _as_array(name, value) -> np.ndarray:
   try:
     array = np.asarray(value)
   except Exception as error:  # whatever another library raises
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0].partition(". ")[0]
     raise UserError(f"{name} is no array of numbers: {reason}") from None
   if not np.can_cast(array.dtype, np.float64, "same_kind"):
     raise UserError(f"{name} has the dtype {array.dtype}: pass real numbers")
@@ -129,7 +129,7 @@ def compiled(**options: bool) -> Callable[[_Function], _Function]:
       warnings.warn(
         "numba finds no folder for what it compiles, and will compile again in "
         "each process: set NUMBA_CACHE_DIR to one that can be written",
-        stacklevel=2,
+        stacklevel=1,
       )
       return numba.njit(function, **options)
 

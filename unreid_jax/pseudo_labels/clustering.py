@@ -19,6 +19,7 @@ from unreid_jax.pseudo_labels.infomap import (
   infomap_from_neighbors,
 )
 from unreid_jax.pseudo_labels.jaccard import TooManyPairsError
+from unreid_jax.pseudo_labels.neighbors import as_features
 
 _EPS_STEP = 0.05
 _Labels = Int[np.ndarray, " n"]  # of all images; -1 = outlier
@@ -157,7 +158,7 @@ def center_by_camera(
   features: _Features, camids: Int[np.ndarray, " n"]
 ) -> _Features:
   """Subtracts each camera's mean, and scales to unit length again."""
-  centered = np.array(features)
+  centered = np.array(features := as_features(features))
   for camera in np.unique(camids):
     centered[camids == camera] -= features[camids == camera].mean(axis=0)
   norms = np.linalg.norm(centered, axis=1, keepdims=True)
