@@ -112,7 +112,9 @@ def test_a_constant_feature_earns_nothing():
 
 def test_bad_input():
   case = random_case(4)
-  with pytest.raises(UserError, match=r"^query_pids has the shape .* q is 150 in dis"):
+  with pytest.raises(
+    UserError, match=r"^query_pids has the shape .* q is 150 in dis"
+  ):
     evaluate_rank(case[0].T, *case[1:])
   with pytest.raises(UserError, match="no query has a match"):
     evaluate_rank(case[0], case[1] + 100, *case[2:])
