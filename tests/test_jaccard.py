@@ -35,9 +35,12 @@ def reciprocal(rank, i, num):
   return {j for j in rank[i, :num] if i in rank[j, :num]}
 
 
-def twin(features, rank, k2=6, half=None):
+def twin(features, rank, k2=6, half=None, near_distances=None):
   """With Python sets and dense matrices, in double precision."""
   n, k1 = rank.shape
+  squared = np.square(features[:, None] - features).sum(-1)
+  if near_distances is not None:
+    np.put_along_axis(squared, rank, near_distances, axis=1)
   half = half or round(k1 / 2) + 1
   near = [reciprocal(rank, i, k1) for i in range(n)]
   nearer = [reciprocal(rank, i, half) for i in range(n)]
@@ -45,10 +48,10 @@ def twin(features, rank, k2=6, half=None):
   for i in range(n):
     grown = set(near[i])
     for j in near[i]:
-      if len(nearer[j] & near[i]) / len(nearer[j]) > 2 / 3 + 1e-9:
+      if len(nearer[j] & near[i]) > (2 / 3 + 1e-9) * len(nearer[j]):
         grown |= nearer[j]
     grown = sorted(grown)
-    weights = np.exp(-np.square(features[grown] - features[i]).sum(1))
+    weights = np.exp(-squared[i, grown])
     encoding[i, grown] = weights / weights.sum()
   encoding = np.stack([encoding[rank[i, :k2]].mean(0) for i in range(n)])
   overlap = np.stack([np.minimum(v, encoding).sum(1) for v in encoding])

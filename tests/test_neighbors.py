@@ -70,7 +70,9 @@ def test_golden(golden):
 
 
 def test_no_neighbours():
-  with pytest.raises(UserError, match="1 neighbour"):
+  with pytest.raises(
+    UserError, match=r"^k is 0: set it to a whole number of 1"
+  ):
     neighbors(integers(9, 3), 0)
 
 
@@ -84,5 +86,5 @@ def test_features_that_are_not_finite(value):
 
 @pytest.mark.parametrize("shape", [(0, 3), (4,), (2, 3, 4)])
 def test_features_of_another_shape(shape):
-  with pytest.raises(UserError, match=r"features have shape .*: pass \[n, d\]"):
+  with pytest.raises(UserError, match=r"^features has the shape .*: pass "):
     neighbors(np.ones(shape, np.float32), 2)

@@ -9,14 +9,17 @@ queries:
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, no_type_check
+from typing import Annotated, NamedTuple
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.arrays import checked, compiled
 from unreid_jax.reranking import rerank as rerank
+
+MaxRank = Annotated[int, values.Range(1, 10**6)]
 
 
 class RankMetrics(NamedTuple):
@@ -35,13 +38,14 @@ class QueryRanks(NamedTuple):
   inp: Float[np.ndarray, " q"]
 
 
+@checked
 def evaluate_rank(
   distances: Float[np.ndarray, "q g"],
   query_pids: Int[np.ndarray, " q"],
   gallery_pids: Int[np.ndarray, " g"],
   query_camids: Int[np.ndarray, " q"],
   gallery_camids: Int[np.ndarray, " g"],
-  max_rank: int = 50,
+  max_rank: MaxRank = 50,
 ) -> RankMetrics:
   """Scores a distance matrix: mAP, CMC and mINP.
 
@@ -73,6 +77,7 @@ def evaluate_rank(
   return summarize([ranks], max_rank)
 
 
+@checked
 def rank_queries(
   distances: Float[np.ndarray, "q g"],
   query_pids: Int[np.ndarray, " q"],
@@ -81,17 +86,8 @@ def rank_queries(
   gallery_camids: Int[np.ndarray, " g"],
 ) -> QueryRanks:
   """Scores each query by itself; the arguments are those of `evaluate_rank`."""
-  distances = np.ascontiguousarray(distances)
-  if distances.dtype == np.float16:  # which numba does not know
-    distances = distances.astype(np.float32)
   ids = query_pids, query_camids, gallery_pids, gallery_camids
-  q_pids, q_camids, g_pids, g_camids = (np.asarray(x, np.int64) for x in ids)
-  shapes = (q_pids.shape + g_pids.shape, q_camids.shape + g_camids.shape)
-  if shapes != (distances.shape, distances.shape):
-    raise UserError(
-      f"distances have shape {distances.shape}, but the pids and camids of "
-      f"queries and gallery {shapes[0]} and {shapes[1]}: pass one per image"
-    )
+  q_pids, q_camids, g_pids, g_camids = (x.astype(np.int64) for x in ids)
   if np.isnan(distances.min(initial=0)):
     raise UserError("distances contain NaN: check the features for NaN first")
   by_pid = np.argsort(g_pids, kind="stable")
@@ -103,9 +99,16 @@ def rank_queries(
   return ranks
 
 
-def summarize(parts: Iterable[QueryRanks], max_rank: int = 50) -> RankMetrics:
+@checked
+def summarize(
+  parts: Iterable[QueryRanks], max_rank: MaxRank = 50
+) -> RankMetrics:
   """Averages the scores of all valid queries, as `evaluate_rank` does."""
-  ap, first_match, inp = map(np.concatenate, zip(*parts, strict=True))
+  parts = list(parts)
+  if not all(isinstance(part, QueryRanks) for part in parts):
+    raise UserError("parts holds something else than results of rank_queries")
+  nothing = QueryRanks(np.zeros(0), np.zeros(0, int), np.zeros(0))
+  ap, first_match, inp = map(np.concatenate, zip(nothing, *parts, strict=True))
   valid = first_match > 0
   if not valid.any():
     raise UserError(
@@ -118,8 +121,7 @@ def summarize(parts: Iterable[QueryRanks], max_rank: int = 50) -> RankMetrics:
   return RankMetrics(mAP, cmc / valid.sum(), mINP)
 
 
-@no_type_check  # numba compiles no checked function
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _rank_rows(
   distances, by_pid, begin, end, q_camids, g_camids, ap, first_match, inp
 ):
@@ -131,8 +133,7 @@ def _rank_rows(
       ap[i], first_match[i], inp[i] = scores
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _rank_row(row, same_pid, is_match):
   """Average precision, rank of the first match, inverse negative penalty."""
   matches = np.sort(row[same_pid[is_match]])
@@ -147,8 +148,7 @@ def _rank_row(row, same_pid, is_match):
   return ap / num, wrong[0] + 1, num / (num + wrong[num - 1])
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _count_not_beyond(matches, row):
   """Counts the distances of a row that are <= each of the ascending matches."""
   nearest, farthest = matches[0], matches[-1]
@@ -178,7 +178,6 @@ def _count_not_beyond(matches, row):
   return np.cumsum(count)
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _bucket(distance, nearest, scale):
   return int((distance - nearest) * scale) if scale > 0 else 0

@@ -9,16 +9,18 @@ import numpy as np
 from jaxtyping import Int
 
 from unreid_jax import UserError
+from unreid_jax.arrays import checked
 from unreid_jax.values import Count, CountOrZero
 
 _Ids = Int[np.ndarray, " n"]
 _Batches = Iterator[Int[np.ndarray, " {batch_size}"]]
 
 
+@checked
 def plan(
   labels: _Ids,
   camids: _Ids,
-  epoch: int,
+  epoch: CountOrZero,
   *,
   batch_size: Count,
   steps: Count,
@@ -41,10 +43,9 @@ def plan(
   Raises:
     UserError: all images are outliers.
   """
-  if not (labels >= 0).any():
-    raise UserError("no image has a label >= 0: there is nothing to train on")
   rng = np.random.default_rng((seed, epoch))
-  has_clusters = np.bincount(labels[labels >= 0]).max(initial=0) > 1
+  inliers = labels[labels >= 0]
+  has_clusters = len(np.unique(inliers)) < len(inliers)
   if num_instances and has_clusters:
     sizes = batch_size, num_instances
     draw = by_cluster(rng, labels, camids, *sizes, other_camera)
@@ -53,27 +54,30 @@ def plan(
   return np.stack([next(draw) for _ in range(steps)])
 
 
+@checked
 def shuffled(
-  rng: np.random.Generator, labels: _Ids, batch_size: int
+  rng: np.random.Generator, labels: _Ids, batch_size: Count
 ) -> _Batches:
   """Yields batches without end, from passes over all images in random order.
 
   The last, incomplete batch of each pass is left out. If there are fewer images
   than a batch needs, the batch repeats them.
   """
+  images = _inliers(labels)
   while True:
-    order = rng.permutation(np.flatnonzero(labels >= 0))
+    order = rng.permutation(images)
     order = np.resize(order, max(len(order), batch_size))
     for end in range(batch_size, len(order) + 1, batch_size):
       yield order[end - batch_size : end]
 
 
+@checked
 def by_cluster(
   rng: np.random.Generator,
   labels: _Ids,
   camids: _Ids,
-  batch_size: int,
-  num_instances: int,
+  batch_size: Count,
+  num_instances: Count,
   other_camera: bool = True,
 ) -> _Batches:
   """Yields batches without end, with `num_instances` images of each cluster.
@@ -92,8 +96,8 @@ def by_cluster(
   Source: Ge et al., NeurIPS 2020 (RandomMultipleGallerySampler in yxgeee/SpCL
   and alibaba/cluster-contrast-reid).
   """
-  order = np.argsort(labels, kind="stable")
-  order = order[np.searchsorted(labels[order], 0) :]
+  images = _inliers(labels)
+  order = images[np.argsort(labels[images], kind="stable")]
   clusters = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
   def block(images):
@@ -118,3 +122,10 @@ def by_cluster(
         rows.extend(next(blocks))
       yield np.array(rows[:batch_size])
       rows = rows[batch_size:]
+
+
+def _inliers(labels):
+  """The images with a label of 0 or more."""
+  if not (labels >= 0).any():
+    raise UserError("no image has a label >= 0: there is nothing to train on")
+  return np.flatnonzero(labels >= 0)

@@ -12,12 +12,14 @@ from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from unreid_jax import values
+from unreid_jax.arrays import checked
 from unreid_jax.pseudo_labels import dbscan, jaccard_from_neighbors, neighbors
 from unreid_jax.pseudo_labels.infomap import (
   check_installed,
   infomap_from_neighbors,
 )
 from unreid_jax.pseudo_labels.jaccard import TooManyPairsError
+from unreid_jax.pseudo_labels.neighbors import as_features
 
 _EPS_STEP = 0.05
 _Labels = Int[np.ndarray, " n"]  # of all images; -1 = outlier
@@ -67,6 +69,7 @@ class Clustering(values.Checked):
       check_installed()
 
 
+@checked
 def cluster(
   hp: Clustering,
   features: _Features,
@@ -150,29 +153,38 @@ def _is_useless(labels, outliers_are_classes):
   return is_few and (_is_giant(labels) or not outliers_are_classes)
 
 
+@checked
 def center_by_camera(
   features: _Features, camids: Int[np.ndarray, " n"]
 ) -> _Features:
   """Subtracts each camera's mean, and scales to unit length again."""
-  centered = np.array(features)
+  centered = np.array(features := as_features(features))
   for camera in np.unique(camids):
     centered[camids == camera] -= features[camids == camera].mean(axis=0)
   norms = np.linalg.norm(centered, axis=1, keepdims=True)
   return centered / np.maximum(norms, 1e-12)
 
 
-def keep_largest(labels: _Labels, most: int) -> tuple[_Labels, tuple[str, ...]]:
+@checked
+def keep_largest(
+  labels: _Labels, most: values.CountOrZero
+) -> tuple[_Labels, tuple[str, ...]]:
   """Makes outliers of all but the `most` largest clusters, and a note of it."""
-  sizes = np.bincount(labels[labels >= 0])
-  if len(sizes) <= most:
+  clusters, at, sizes = np.unique(
+    labels, return_inverse=True, return_counts=True
+  )
+  num = np.sum(clusters >= 0)
+  if num <= most:
     return labels, ()
+  sizes[clusters < 0] = 0
   kept = np.sort(np.argsort(-sizes, kind="stable")[:most])
-  renumber = np.full(len(sizes) + 1, -1, labels.dtype)
+  renumber = np.full(len(sizes), -1, labels.dtype)
   renumber[kept] = np.arange(most)
-  note = f"the {most} largest of {len(sizes)} clusters are kept"
-  return renumber[labels], (note,)
+  note = f"the {most} largest of {num} clusters are kept"
+  return renumber[at], (note,)
 
 
+@checked
 def describe(
   labels: _Labels, pids: Int[np.ndarray, " n"] | None = None
 ) -> dict[str, float | int]:
@@ -182,9 +194,13 @@ def describe(
   sizes; with the true identities also NMI, ARI, and precision and recall of the
   pairs that share a label, for which each outlier is a cluster of its own.
   """
-  sizes = np.bincount(labels[labels >= 0])
-  labels = np.where(np.isin(labels, np.flatnonzero(sizes == 1)), -1, labels)
-  sizes = sizes[sizes > 1]
+  clusters, at, sizes = np.unique(
+    labels, return_inverse=True, return_counts=True
+  )
+  labels = np.where((clusters < 0) | (sizes == 1), -1, np.arange(len(sizes)))[
+    at
+  ]
+  sizes = sizes[(clusters >= 0) & (sizes > 1)]
   out = {"clusters": len(sizes), "outliers": int(np.sum(labels < 0))}
   if len(sizes):
     names = ("min", "q25", "median", "q75", "max")

@@ -3,22 +3,30 @@
 import numpy as np
 from jaxtyping import Int
 
+from unreid_jax import UserError
+from unreid_jax.arrays import checked
 
+
+@checked
 def merged_into(
   labels: Int[np.ndarray, " n"], loose: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " k"]:
   """Finds the looser cluster (-1 is one too) of most images of each class.
 
-  The classes are numbered from 0, and none is without an image.
+  The classes must be numbered from 0, and none be without an image.
   """
+  classes = np.unique(labels)
+  if not np.array_equal(classes, np.arange(len(classes))):
+    raise UserError("labels has gaps or outliers: number the classes from 0")
   both = np.stack([labels, loose])
   pairs, counts = np.unique(both, axis=1, return_counts=True)
-  out = np.empty(labels.max() + 1, np.int32)
+  out = np.empty(len(classes), loose.dtype)
   order = np.argsort(counts, kind="stable")
   out[pairs[0, order]] = pairs[1, order]  # the last write stays
   return out
 
 
+@checked
 def report(
   labels: Int[np.ndarray, " n"],
   loose: Int[np.ndarray, " k"],
@@ -38,12 +46,17 @@ def report(
   """
   if pids is None or (pids < 0).any():
     return {}
-  whose, around = merged_into(labels, pids), loose[labels]
-  is_own = whose[labels] == pids
-  has_mask = around >= 0
+  pids = np.unique(pids, return_inverse=True)[1]
+  whose = merged_into(labels, pids)
+  if len(whose) != len(loose):
+    problem = f"loose has {len(loose)} clusters for {len(whose)} classes"
+    raise UserError(f"{problem} of labels: pass one of each")
+  has_mask = loose[labels] >= 0
+  loose = np.unique(loose, return_inverse=True)[1]
+  around, is_own = loose[labels], whose[labels] == pids
   false = _count(whose, pids) - is_own
   masked = np.where(has_mask, _count(loose, around) - 1, 0)
-  pair = lambda pid, cluster: pid.astype(np.int64) * (len(loose) + 1) + cluster
+  pair = lambda pid, cluster: pid * len(loose) + cluster
   caught = _count(pair(whose, loose), pair(pids, around)) - is_own
   caught = np.where(has_mask, caught, 0).sum()
   shares = {

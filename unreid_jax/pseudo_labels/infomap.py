@@ -5,15 +5,17 @@ import importlib.util
 import numpy as np
 from jaxtyping import Float, Int
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.arrays import checked
 from unreid_jax.pseudo_labels.neighbors import neighbors
 
 
+@checked
 def infomap(
   features: Float[np.ndarray, "n d"],
-  k: int = 15,
-  min_similarity: float = 0.5,
-  min_size: int = 5,
+  k: values.Count = 15,
+  min_similarity: values.Fraction = 0.5,
+  min_size: values.Count = 5,
 ) -> Int[np.ndarray, " n"]:
   """Clusters images by the flow of a random walk over their neighbours.
 
@@ -32,7 +34,8 @@ def infomap(
     -1 = outlier.
 
   Raises:
-    UserError: the package infomap is not installed.
+    UserError: the package infomap is not installed, a feature is not finite, or
+      another argument is out of range.
 
   Source: Cluster Contrast's `infomap_cluster.py` (alibaba/
   cluster-contrast-reid), functions get_dist_nbr and cluster_by_infomap.

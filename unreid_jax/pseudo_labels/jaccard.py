@@ -5,37 +5,41 @@ of them. So V is kept as rows and as columns, and every image only meets the
 images that share a column with it.
 """
 
-from typing import no_type_check  # numba compiles no checked function
+from typing import Annotated
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.arrays import checked, compiled
 from unreid_jax.pseudo_labels.k_reciprocal import encode, reciprocal_distances
-from unreid_jax.pseudo_labels.neighbors import neighbors
+from unreid_jax.pseudo_labels.neighbors import as_features, neighbors
 
 _MAX_ENTRIES = 2**29  # that a matrix may have: 4 GB
 _SPAN = 64  # overlaps that are looked at together
+_MOST_NEIGHBORS = 32000  # that an image has: positions among them are int16
+Reach = Annotated[int, values.Range(1, _MOST_NEIGHBORS)]
 
 
 class TooManyPairsError(UserError):
   """Nearly all images are alike: their distances would fill the memory."""
 
 
+@checked
 def jaccard_distance(
   features: Float[np.ndarray, "n d"],
-  k1: int = 30,
-  k2: int = 6,
-  max_distance: float | None = None,
+  k1: Reach = 30,
+  k2: values.Count = 6,
+  max_distance: values.BelowOne | None = None,
 ) -> csr_array:
   """Jaccard distances of the k-reciprocal neighbourhoods of all images.
 
   Args:
     features: unit features.
     k1: how many neighbours an image has, itself included; all images if there
-      are fewer.
+      are fewer. At most 32,000.
     k2: over how many neighbours, the image included, an encoding is averaged;
       1: none.
     max_distance: the largest distance that is stored, below 1; None stores
@@ -47,9 +51,9 @@ def jaccard_distance(
     max_distance; without one, it is 1.
 
   Raises:
-    UserError: a feature is not finite, max_distance is not in [0, 1), k1 or k2
-      is below 1, or more than 2^29 distances would be stored (4 GB): nearly all
-      images are alike.
+    UserError: a feature is not finite, k1, k2 or max_distance is out of range,
+      or more than 2^29 distances would be stored (4 GB): nearly all images are
+      alike.
 
   Source: Zhong et al., CVPR 2017, eq. 3 to 10, as `compute_jaccard_distance` of
   alibaba/cluster-contrast-reid has it: k1 counts the image itself.
@@ -58,23 +62,59 @@ def jaccard_distance(
   return jaccard_from_neighbors(features, *found, k2, max_distance)
 
 
+@checked
 def jaccard_from_neighbors(
   features: Float[np.ndarray, "n d"],
   distances: Float[np.ndarray, "n m"],
   indices: Int[np.ndarray, "n m"],
-  k2: int = 6,
-  max_distance: float | None = None,
+  k2: values.Count = 6,
+  max_distance: values.BelowOne | None = None,
 ) -> csr_array:
-  """As `jaccard_distance`, from the result of the search for k1 neighbours."""
+  """As `jaccard_distance`, from the result of the search for k1 neighbours.
+
+  It need not be ours: of each image there are squared distances and rows, the
+  nearest first. The image itself must be among them, and no row twice.
+  """
+  features = as_features(features)
+  distances, indices = _check_neighbors(distances, indices)
   limit = np.nextafter(np.float32(1), np.float32(0))
   if max_distance is not None:
-    if not 0 <= max_distance < 1:
-      problem = f"max_distance is {max_distance}"
-      raise UserError(f"{problem}: set it to 0 or more, below 1")
     limit = np.float32(max_distance)
   half = round(indices.shape[1] / 2) + 1
   squared = reciprocal_distances(features, distances, indices, half)
   return _distances(*by_column(encode(squared, indices, k2)), limit)
+
+
+def _check_neighbors(distances, indices):
+  """Refuses what the kernels would read or divide wrongly.
+
+  Returns both as the kernels want them: the distances without their rounding,
+  which is 0 to the image itself and nowhere less.
+  """
+  n, k = indices.shape
+  if k > _MOST_NEIGHBORS:
+    problem = f"indices has {k} columns"
+    raise UserError(f"{problem}: pass {_MOST_NEIGHBORS} or fewer")
+  if (wrong := indices[(indices < 0) | (indices >= n)]).size:
+    problem = f"indices has the value {wrong[0]}, but the rows are 0 to {n - 1}"
+    raise UserError(f"{problem}: -1 is a neighbour that a search did not find")
+  own = indices == np.arange(n)[:, None]
+  if not (has_own := own.any(axis=1)).all():
+    row, fix = np.argmin(has_own), "search among all images, itself included"
+    raise UserError(f"row {row} of indices is without image {row}: {fix}")
+  ascending = np.sort(indices, axis=1)
+  if (twice := ascending[:, 1:] == ascending[:, :-1]).any():
+    row = np.argmax(twice.any(axis=1))
+    raise UserError(f"row {row} of indices has an image twice: pass it once")
+  farthest = distances.max(axis=1)
+  rounding = 1e-3 + 0.01 * farthest
+  fits = (farthest < 2**127) & (distances.min(axis=1) >= -rounding)
+  fits &= distances[own] <= rounding
+  if not fits.all():  # NaN does not fit either
+    problem = f"row {np.argmin(fits)} of distances has no squared distances"
+    raise UserError(f"{problem}: they are 0 or more, and 0 to the image itself")
+  distances = np.where(own, 0, np.maximum(distances, 0)).astype(np.float32)
+  return distances, indices.astype(np.int32)
 
 
 def by_column(encoding: csr_array) -> tuple[tuple[np.ndarray, ...], ...]:
@@ -107,8 +147,7 @@ def _distances(rows, columns, limit):
   return csr_array((out[1], out[0], indptr.astype(np.int32)), (n, n))
 
 
-@no_type_check
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _compare(rows, columns, limit, before, starts, out_columns, out_data):
   """Writes the distances <= limit of each row to itself and later rows.
 
@@ -147,8 +186,7 @@ def _compare(rows, columns, limit, before, starts, out_columns, out_data):
         starts[i] = count
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def add_overlaps(i, first, rows, columns, overlap):
   """Adds sum_c min(V[i, c], V[j, c]) to overlap[j] for all j >= first."""
   indptr, members, values = columns
@@ -160,8 +198,7 @@ def add_overlaps(i, first, rows, columns, overlap):
       overlap[column[f]] += min(value, others[f])
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _reaches(span, least):
   found = False
   for s in range(_SPAN):
@@ -169,8 +206,7 @@ def _reaches(span, least):
   return found
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _mirror(indptr, starts, columns, data):
   """Writes the entries below the diagonal from those above."""
   end = indptr.copy()

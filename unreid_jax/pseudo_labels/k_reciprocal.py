@@ -1,13 +1,11 @@
 """k-reciprocal neighbourhoods, and the sparse encoding V of images by them."""
 
-from typing import no_type_check  # numba compiles no checked function
-
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from unreid_jax import UserError
+from unreid_jax.arrays import compiled
 
 
 def reciprocal_distances(
@@ -39,8 +37,6 @@ def encode(
   exponents: csr_array, indices: Int[np.ndarray, "n m"], k2: int
 ) -> csr_array:
   """Makes V: the softmax of each row of -exponents, averaged over k2 rows."""
-  if k2 < 1:
-    raise UserError(f"k2 is {k2}: set it to 1 (no average) or more")
   lists, shape = (exponents.indices, exponents.indptr), exponents.shape
   values = csr_array((np.exp(-exponents.data), *lists), shape)
   values.data /= np.repeat(values.sum(axis=1), np.diff(values.indptr))
@@ -56,8 +52,7 @@ def encode(
   return mean
 
 
-@no_type_check
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _positions(indices):
   """Finds where row i stands in the list of its c-th neighbour (k: nowhere)."""
   n, k = indices.shape
@@ -72,8 +67,7 @@ def _positions(indices):
   return positions
 
 
-@no_type_check
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _write_sets(
   threads, lists, half, features, distances, starts, columns, data
 ):
@@ -106,8 +100,7 @@ def _write_sets(
         place[indices[i, c]] = -1
 
 
-@no_type_check
-@numba.njit(cache=True)
+@compiled()
 def _expand(i, indices, positions, half, place, chosen, members):
   """Writes the expanded k-reciprocal set of row i, and returns its size.
 
@@ -140,8 +133,7 @@ def _expand(i, indices, positions, half, place, chosen, members):
   return count
 
 
-@no_type_check
-@numba.njit(cache=True, fastmath=True)
+@compiled(fastmath=True)
 def _squared_distance(a, b):
   total = np.float32(0)
   for i in range(len(a)):

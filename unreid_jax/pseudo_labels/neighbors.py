@@ -5,16 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
-from unreid_jax import UserError, memory, sharding
+from unreid_jax import UserError, memory, sharding, values
+from unreid_jax.arrays import checked
 
 _BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
+Float32Rows = Float32[np.ndarray, "n d"]
 _Distances, _Rows = Float[np.ndarray, "n m"], Int[np.ndarray, "n m"]
 
 
+@checked
 def neighbors(
-  features: Float[np.ndarray, "..."], k: int
+  features: Float[np.ndarray, "n d"], k: values.Count
 ) -> tuple[_Distances, _Rows]:
   """Finds the k nearest rows of each row, itself included.
 
@@ -39,21 +42,10 @@ def neighbors(
 
 
 def search(
-  features: Float[np.ndarray, "..."], k: int
+  features: Float[np.ndarray, "n d"], k: int
 ) -> tuple[_Distances, _Rows, Float[np.ndarray, " n"]]:
   """As `neighbors`, and the largest squared distance from each row."""
-  if k < 1:
-    raise UserError(f"k is {k}: ask for 1 neighbour or more")
-  if features.ndim != 2 or not features.size:
-    raise UserError(f"the features have shape {features.shape}: pass [n, d]")
-  features = np.ascontiguousarray(features, np.float32)
-  with np.errstate(over="ignore", invalid="ignore"):
-    squared = np.einsum("nd,nd->n", features, features)
-  if not np.isfinite(squared).all():  # or so large that distances overflow
-    raise UserError(
-      "the features contain NaN or infinity: check the images and the model"
-    )
-  n = len(features)
+  features, n = as_features(features), len(features)
   mesh = jax.sharding.get_mesh()
   mesh = sharding.make_mesh() if mesh.empty else mesh
   with jax.set_mesh(mesh):
@@ -71,7 +63,23 @@ def search(
   return tuple(np.concatenate(x)[:n] for x in zip(*parts, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("n", "k"))
+def as_features(features: Float[np.ndarray, "n d"]) -> Float32Rows:
+  """The features as float32, if no distance of two is infinite or NaN."""
+  if not features.size:
+    raise UserError(
+      f"features has the shape {features.shape}: pass one image or more"
+    )
+  with np.errstate(over="ignore", invalid="ignore"):
+    features = np.asarray(features, np.float32, order="C")
+    squared = np.einsum("nd,nd->n", features, features)
+  if not squared.max() < 2**125:  # NaN is not, either
+    raise UserError(
+      "the features contain NaN or infinity: check the images and the model"
+    )
+  return features
+
+
+@functools.partial(jax.jit, static_argnames="k")
 def _search_block(bank, features, rows, n, k):
   distances = jnp.maximum(memory.squared_distances(bank, features), 0)
   column = jnp.arange(len(bank), dtype=rows.dtype)[None]

@@ -8,6 +8,8 @@ authors' code (yxgeee/SpCL, examples/spcl_train_usl.py).
 import numpy as np
 from jaxtyping import Float, Int
 
+from unreid_jax import UserError
+from unreid_jax.arrays import checked
 from unreid_jax.values import BadValue
 
 Labels = Int[np.ndarray, " n"]
@@ -20,27 +22,29 @@ def check_gap(name: str, eps: float, gap: float) -> None:
     raise BadValue(name, f"is {gap}: set it to 0 or more, with which {fits}")
 
 
+@checked
 def outliers_alone(labels: Labels) -> Labels:
   """Makes each outlier a class of its own, numbered after the clusters."""
-  is_outlier = labels < 0
-  number = labels.max(initial=-1) + np.cumsum(is_outlier)
-  return np.where(is_outlier, number, labels).astype(np.int32)
+  return _set_alone(labels, labels < 0)
 
 
+@checked
 def disagreement(one: Labels, other: Labels) -> Float[np.ndarray, " n"]:
   """How much an image's class in `one` differs from its class in `other`.
 
   For classes A and B it is 1 - |A and B| / |A or B|, in float32 and rounded as
-  in the reference, which compares such scores. Only pairs of classes that occur
-  are counted, so it takes n log n steps and no [n, n] matrix.
+  in the reference, which compares such scores; an outlier is a class. Only
+  pairs of classes that occur are counted, so it takes n log n steps and no
+  [n, n] matrix.
   """
-  pairs = one.astype(np.int64) * (other.max(initial=0) + 1) + other
-  _, pair, counts = np.unique(pairs, return_inverse=True, return_counts=True)
-  both = counts[pair]
-  either = np.bincount(one)[one] + np.bincount(other)[other] - both
+  one, size = _classes(outliers_alone(one))
+  other, other_size = _classes(outliers_alone(other))
+  both = _classes(one * len(one) + other)[1]
+  either = size + other_size - both
   return np.float32(1) - both.astype(np.float32) / either.astype(np.float32)
 
 
+@checked
 def refine(
   labels: Labels, tight: Labels, loose: Labels, threshold: float = np.nan
 ) -> tuple[Labels, float]:
@@ -64,14 +68,28 @@ def refine(
   labels, tight, loose = map(outliers_alone, (labels, tight, loose))
   compactness = disagreement(labels, tight)
   independence = disagreement(labels, loose)
-  sizes = np.bincount(labels)
-  compactest, lowest = np.ones((2, len(sizes)), np.float32)
-  np.minimum.at(compactest, labels, compactness)
-  np.minimum.at(lowest, labels, independence)
-  scores = np.sort(lowest[sizes > 1])
+  at, size = _classes(labels)
+  compactest, lowest = np.ones((2, len(labels)), np.float32)
+  np.minimum.at(compactest, at, compactness)
+  np.minimum.at(lowest, at, independence)
+  scores = np.sort(lowest[np.unique(at[size > 1])])
   if np.isnan(threshold) and len(scores):
     place = min(round(0.9 * len(scores)), len(scores) - 1)
     threshold = float(scores[place])
-  keeps = (lowest[labels] <= threshold) & (compactness <= compactest[labels])
-  number = len(sizes) - 1 + np.cumsum(~keeps)
-  return np.where(keeps, labels, number).astype(np.int32), threshold
+  keeps = (lowest[at] <= threshold) & (compactness <= compactest[at])
+  return _set_alone(labels, ~keeps), threshold
+
+
+def _classes(labels):
+  """Of each image: its class, numbered without gaps, and the class's size."""
+  _, at, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  return at, sizes[at]
+
+
+def _set_alone(labels, is_alone):
+  """Gives these images a class of their own, after all others."""
+  highest = int(labels.max(initial=-1))
+  if highest + len(labels) > np.iinfo(np.int32).max:
+    raise UserError(f"labels has the value {highest}: number classes from 0")
+  number = highest + np.cumsum(is_alone)
+  return np.where(is_alone, number, labels).astype(np.int32)
