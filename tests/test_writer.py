@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 
 import jax
 import pytest
@@ -142,6 +143,16 @@ def test_a_broken_phase_takes_its_bar_away(tmp_path, monkeypatch):
     writer.log("after")
   assert terminal.getvalue().endswith("after\n")
   assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_what_the_library_logs_is_in_the_log(tmp_path, capsys):
+  logger = logging.getLogger("unreid_jax.some.module")
+  with open_writer(str(tmp_path)):
+    logger.info("loaded %d tensors", 3)
+    logger.debug("not this")
+  logger.info("nor this")
+  assert capsys.readouterr().err == "loaded 3 tensors\n"
+  assert (tmp_path / "log.txt").read_text().endswith("  loaded 3 tensors\n")
 
 
 def test_without_a_writer_nothing_is_shown(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ class Writer:
   WORKDIR/metrics.jsonl holds a JSON object a line, without times, so that it
   is the same for a run that was interrupted; TensorBoard has the times. Of
   several processes only the first one writes, but each knows the history.
-  While the writer is open, it shows whatever calls `progress.track`.
+  While the writer is open, it shows whatever calls `progress.track`, and what
+  the library's modules log.
   """
 
   def __init__(self, workdir: Workdir):
@@ -59,6 +61,7 @@ class Writer:
 
   def __enter__(self) -> "Writer":
     self._stack.enter_context(progress.shown_by(self.track))
+    self._stack.enter_context(_sent_to(self.log))
     return self
 
   def __exit__(self, *_) -> None:
@@ -224,6 +227,23 @@ class Writer:
         start = SessionLog(status=SessionLog.START)
         events.write_event(Event(step=purge_step, session_log=start))
     return events
+
+
+@contextlib.contextmanager
+def _sent_to(log):
+  """Within it, `log` gets the lines that the library's modules log."""
+  logger, handler = logging.getLogger("unreid_jax"), logging.Handler()
+  handler.emit = lambda record: log(record.getMessage())
+  before = logger.level, logger.propagate
+  logger.setLevel(logging.INFO)
+  logger.propagate = False  # the terminal has it from `log`
+  logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
 
 
 class _Patient:
