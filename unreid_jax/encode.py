@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from unreid_jax import UserError, models, progress, sharding
 from unreid_jax.data import augment
-from unreid_jax.data.images import resize
+from unreid_jax.data.images import decode, resize
 from unreid_jax.workdir import checkpoints
 
 ImageLike = str | os.PathLike | np.ndarray  # a path, or uint8 [h, w, 3]
@@ -64,7 +65,7 @@ class Encoder:
   Attributes:
     card: what builds it and makes its input, plain JSON: the arguments of
       `models.make` under "encoder"; height and width of its images in pixels,
-      mean and std of their channels.
+      mean and std of their channels; what tells its train images from others.
     variables: its parameters and running statistics.
     apply: the result of `make_apply`.
     mesh: the devices that share each batch.
@@ -169,11 +170,7 @@ class _Sized:
 def _read(image, row, height, width):
   """One image at its size."""
   if isinstance(image, str | os.PathLike):
-    try:
-      with Image.open(image) as opened:
-        return resize(opened, height, width)
-    except Exception as error:  # each of Pillow's formats has its own
-      raise UserError(f"{image} cannot be read as an image: {error}") from None
+    return decode(pathlib.Path(image).expanduser(), height, width)
   image = np.asarray(image)
   is_colour = image.ndim == 3 and image.shape[2] == 3 and image.size
   if image.dtype != np.uint8 or not is_colour:
