@@ -14,7 +14,7 @@ from test_train import tiny_config
 
 from unreid_jax import UserError, encode, load_encoder, sharding
 from unreid_jax.config import resolve
-from unreid_jax.data.images import resize
+from unreid_jax.data.images import decode, resize
 from unreid_jax.state import first_state, make_parts
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import Checkpoints
@@ -95,8 +95,8 @@ def test_mistakes(trained, tmp_path):
   (tmp_path / "text.jpg").write_text("no image")
   grey = np.zeros((8, 8), np.uint8)
   for given, line in (
-    ([tmp_path / "none.jpg"], "none.jpg cannot be read as an image"),
-    ([tmp_path / "text.jpg"], "text.jpg cannot be read as an image"),
+    ([tmp_path / "none.jpg"], "none.jpg is missing: check the path"),
+    ([tmp_path / "text.jpg"], "text.jpg is not an image"),
     ([grey], r"image 0 is uint8\[8, 8\]: pass uint8\[h, w, 3\], or a path"),
     (np.zeros((2, 64, 32, 3)), r"image 0 is float64\[64, 32, 3\]"),
     ([np.zeros((0, 5, 3), np.uint8)], r"image 0 is uint8\[0, 5, 3\]"),
@@ -113,8 +113,8 @@ def test_an_image_is_read_once(trained, images, tmp_path, monkeypatch):
   """However much a batch is filled up."""
   path, read = tmp_path / "a.png", []
   Image.fromarray(images[0]).save(path)
-  resize_it = lambda image, *size: read.append(1) or resize(image, *size)
-  monkeypatch.setattr(encode, "resize", resize_it)
+  decode_it = lambda path, *size: read.append(1) or decode(path, *size)
+  monkeypatch.setattr(encode, "decode", decode_it)
   with jax.set_mesh(sharding.make_mesh(1)):
     load_encoder(trained[0])(path)
   assert len(read) == 1

@@ -106,7 +106,9 @@ def _state(path: Path) -> tuple[int, ...]:
       return info.file_size, info.CRC, changed
     info = path.stat()
   except (FileNotFoundError, KeyError):
-    raise UserError(f"{path} is missing: unpack the set again") from None
+    raise UserError(
+      f"{path} is missing: check the path, or unpack the set again"
+    ) from None
   except OSError as error:
     raise unreadable(path, error) from None
   if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
