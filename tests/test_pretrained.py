@@ -210,6 +210,8 @@ def test_no_file(tmp_path):
     pretrained.read(tmp_path)
   with pytest.raises(UserError, match=r"~nobody-here.*home"):
     pretrained.read("~nobody-here/weights.pth")
+  with pytest.raises(UserError, match=r"cannot be read|no such file"):
+    pretrained.read(tmp_path / ("x" * 300))
   odd = tmp_path / "weights.pth"
   odd.write_bytes(b"\x80\2cevil\x1b[2J\nname\n.")
   with pytest.raises(UserError) as raised:

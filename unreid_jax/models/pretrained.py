@@ -74,7 +74,8 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   except (UserError, RuntimeError) as error:  # the latter by expanduser
     raise _about(path, error) from None
   except OSError as error:
-    raise _about(path, f"it cannot be read: {error.strerror}") from None
+    reason = error.strerror or error
+    raise _about(path, f"it cannot be read ({reason}): get it again") from None
 
 
 def from_torch(
@@ -147,12 +148,12 @@ def _fill(state, encoder, variables):
     names = [name.format(i) for i in range(count)]
     found = {x: named[x] for x in names if x in named}
     if not found and path[1] == "backbone":
-      first = next(iter(named), "missing")
+      first = next(iter(named), "none")
       raise UserError(
         f"it has no weight {name}, its first is {first}: set encoder.arch to "
         "the file's"
       )
-    new[path] = _convert(name, path, found, flat[path]) if found else old
+    new[path] = _convert(name, path, found, old) if found else old
     used.update(found)
   rest = _rest(named.keys() - used, encoder, flat)
   if kept := sorted(".".join(x[1:]) for x in flat if new[x] is flat[x]):

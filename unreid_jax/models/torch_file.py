@@ -1,6 +1,6 @@
 """Files that torch.save wrote, read without PyTorch and without running them.
 
-Source of the two layouts: torch/serialization.py of PyTorch 0.2 to 2.13.
+Source of the two layouts: torch/serialization.py of PyTorch 1.6 and 2.13.
 """
 
 import functools
@@ -30,7 +30,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The tensors of the file's state dict, by name, in PyTorch's order of axes.
 
   The state dict may be the whole file or lie in a dictionary, such as
-  {"state_dict": ..., "epoch": ...}. The arrays are read-only.
+  {"state_dict": ..., "epoch": ...}.
 
   Raises:
     UserError: the file is of another kind, damaged, has no state dict, or has
@@ -78,9 +78,7 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
     def read_storage(key, swapped):
       data = archive.read(f"{folder}data/{key}")
       if is_big:
-        data = (
-          np.frombuffer(data, f">u{swapped}").astype(f"<u{swapped}").tobytes()
-        )
+        data = np.frombuffer(data, f"u{swapped}").byteswap().tobytes()
       return data
 
     return _arrays(tree, read_storage)
@@ -129,9 +127,7 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
         several = f"weights in {', '.join(full)}" if full else "no weights"
         raise UserError(f"it holds {several}: {ALONE}")
     if others := ", ".join(k for k in full if k != names[0]):
-      _log.warning(
-        "weights are taken from its %s, not from %s", names[0], others
-      )
+      _log.warning("took the weights in %s, not in %s", names[0], others)
     tree = tree[names[0]]
   raise ValueError("dictionaries lie in dictionaries")
 
