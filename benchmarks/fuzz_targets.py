@@ -24,6 +24,7 @@ from configs import default
 from unreid_jax import models
 from unreid_jax.config import check_same
 from unreid_jax.data.datasets import layout, market1501, msmt17
+from unreid_jax.encode import build
 from unreid_jax.models import pretrained
 from unreid_jax.workdir import Workdir, checkpoints, writer
 
@@ -299,7 +300,7 @@ def card(folder: pathlib.Path) -> tuple[Make, Run]:
 
   def run(data):
     (folder / "card" / "metadata").write_bytes(data)
-    models.make(**checkpoints.read_card(folder)["encoder"])
+    build(checkpoints.read_card(folder), "card")
 
   return lambda rng: mutate(good, rng), run
 

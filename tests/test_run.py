@@ -64,9 +64,21 @@ def run_command(arguments, log):
       ],
       "error: this method takes one feature an image, and the encoder ",
     ),
+    (["--config.encoder.pretrained=/none.pth"], "error: /none.pth: no such fi"),
+    (["--config.encoder.pretrained=run.py"], "error: run.py: it is a text, as"),
     (["--config.evaluate_every=never"], 'error: evaluate_every is "never": '),
     (["--config.num_devices=-1"], "error: num_devices=-1, but JAX sees "),
     (["--config.encoder.arch=vgg"], 'error: encoder.arch is "vgg": set it to'),
+    (["--config.augment.pad=32"], "error: augment.pad=32: set it below 32 pi"),
+    (["--config.optim=3"], "error: flag --config.optim=3: Failed to parse"),
+    (["--config.dataset.width=nan"], "error: flag --config.dataset.width=nan"),
+    (["--config.seed=-1"], "error: seed is -1: set it to a whole number in [0"),
+    (["--config.zzz.y=3"], 'error: the config has no key "zzz.y"'),
+    (["--mode=foo"], "error: flag --mode=foo: value should be one of <train|"),
+    (
+      ["--config=configs/spcl.py", "--config.method.name=hhcl"],
+      "error: method.eps_gap is unknown here; there are: name, ",
+    ),
     (["--workdir=/dev/null/x"], "error: /dev/null/x"),
     (["--confg=x"], "error: Unknown command line flag 'confg'."),
     (["--config.optim.lr=x"], "error: flag --config.optim.lr=x: could not"),
@@ -77,6 +89,36 @@ def run_command(arguments, log):
 def test_mistakes(tmp_path, arguments, line):
   if not any(x.startswith("--config=") for x in arguments):
     arguments = ["--config=configs/selective.py", *arguments]
+  printed = refused(tmp_path, arguments)
+  assert printed.splitlines()[-1].startswith(line), printed
+  assert "images in" not in printed or "train images" in line  # found before
+
+
+@pytest.mark.parametrize(
+  "text, line",
+  [
+    ("def get_config():\n  return (", "line 2: SyntaxError: '(' was never cl"),
+    ("import nosuch", "line 1: ModuleNotFoundError: No module named 'nosuch'"),
+    ("def get_config(): 1 / 0", "line 1: ZeroDivisionError: division by zero"),
+    ("def get_config(): pass", "get_config() returns no ConfigDict"),
+    ("x = 1", "AttributeError: "),
+    (
+      "import ml_collections\nget_config = ml_collections.ConfigDict",
+      "no seed: begin with configs/default.py",
+    ),
+    ("def get_config(): return 3", "get_config() returns no ConfigDict"),
+  ],
+)
+def test_mistakes_in_a_config_file(tmp_path, text, line):
+  path = tmp_path / "config.py"
+  path.write_text(text)
+  printed = refused(tmp_path, [f"--config={path}"])
+  place, _, problem = printed.splitlines()[-1].partition(f"{path}")
+  assert place == "error: " and problem.lstrip(":, ").startswith(line), printed
+
+
+def refused(tmp_path, arguments):
+  """What run.py prints before it ends with status 2."""
   arguments = [f"--workdir={tmp_path}/run", *arguments]
   log = tmp_path / "log"
   process = FORKS.Process(target=run_command, args=(arguments, log))
@@ -84,5 +126,5 @@ def test_mistakes(tmp_path, arguments, line):
   process.join(60)
   printed = log.read_text()
   assert process.exitcode == 2, printed
-  assert printed.strip().splitlines()[-1].startswith(line)
   assert "Traceback" not in printed
+  return printed.strip()

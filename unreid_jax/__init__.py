@@ -11,6 +11,10 @@ class UserError(ValueError):
   `run.py` prints the line and exits with status 2, without a traceback.
   """
 
+  def __init__(self, line: str):
+    # Names of files and values are others', and may hold anything.
+    super().__init__("".join(c if c.isprintable() else "?" for c in line))
+
 
 def __getattr__(name: str) -> Any:
   """`unreid_jax.load_encoder`, imported when it is first asked for."""

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, memory, methods, models, optim, values
 from unreid_jax.data import augment, sampler
+from unreid_jax.models import pretrained
 from unreid_jax.values import Count, CountOrZero, Duration, Free, Range
 
 
@@ -85,16 +86,33 @@ def check(config: ConfigDict, num_devices: int) -> None:
   _check_features(resolve(config, 1))
 
 
+def encoder_options(config: ConfigDict) -> dict[str, Any]:
+  """The arguments of `models.make`."""
+  return {k: v for k, v in config.encoder.items() if k != "pretrained"}
+
+
+def check_weights(config: ConfigDict) -> None:
+  """Refuses `encoder.pretrained`, if it is set, where it does not fit."""
+  if config.encoder.pretrained:
+    module, (_, variables) = _shapes(config)
+    pretrained.load(config.encoder.pretrained, module, variables)
+
+
 def _check_features(config):
   """Whether encoder, method and images go together; nothing is computed."""
-  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
-  module, key = models.make(**options), jax.random.key(0)
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
+  _, (features, _) = _shapes(config)
+  jax.eval_shape(lambda key: method.init(key, features), jax.random.key(0))
+
+
+def _shapes(config):
+  """The encoder, and the shapes of a batch's features and of its variables."""
+  module = models.make(**encoder_options(config))
   shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
-  features, _ = jax.eval_shape(module.init_with_output, key, images)
-  jax.eval_shape(lambda key: method.init(key, features), key)
+  init = module.init_with_output
+  return module, jax.eval_shape(init, jax.random.key(0), images)
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:

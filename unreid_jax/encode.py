@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,29 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree, UInt8
 from PIL import Image
 
-from unreid_jax import UserError, models, progress, sharding
+from unreid_jax import UserError, models, progress, sharding, values
 from unreid_jax.data import augment
 from unreid_jax.data.images import decode, resize
+from unreid_jax.values import Count, Positive
 from unreid_jax.workdir import checkpoints
 
 ImageLike = str | os.PathLike | np.ndarray  # a path, or uint8 [h, w, 3]
+
+
+class Card(TypedDict):
+  """What builds an encoder and makes its input; JSON.
+
+  Attributes:
+    encoder: the arguments of `models.make`.
+    height, width: the size of its images, in pixels.
+    mean, std: of the images' three channels, in units of the largest value.
+  """
+
+  encoder: Annotated[dict, values.Nested(lambda _: values.fields(models.make))]
+  height: Count
+  width: Count
+  mean: tuple[float, ...]
+  std: tuple[Positive, ...]
 
 
 def load_encoder(path: str | os.PathLike) -> "Encoder":
@@ -34,17 +51,37 @@ def load_encoder(path: str | os.PathLike) -> "Encoder":
   """
   found = checkpoints.find(path)
   card = checkpoints.read_card(found)
-  module = models.make(**card["encoder"])
+  module, shapes = build(card, f"{found}/card")
   mesh = jax.sharding.get_mesh()
   mesh = mesh if mesh.axis_names == (sharding.AXIS,) else sharding.make_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
-  shape = (1, card["height"], card["width"], 3)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), shapes
   )
   variables = checkpoints.read_encoder(found, like)
   return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+
+
+def build(card: dict, path: str) -> tuple[Any, PyTree]:
+  """The network that a card describes, and the shapes of its variables.
+
+  Raises:
+    UserError: the card, which lies at the path, describes none.
+  """
+  kinds = values.fields(Card)
+  try:
+    values.check(kinds, {key: card[key] for key in kinds})
+    module = models.make(**card["encoder"])
+    shape = (1, card["height"], card["width"], len(card["mean"]))
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+  except Exception as error:
+    if isinstance(error, UserError) and not isinstance(error, values.BadValue):
+      raise
+    raise UserError(
+      f"{path} is damaged ({error}): restore it, or train again"
+    ) from None
+  return module, shapes
 
 
 def make_apply(module: Any, card: dict, mesh: Mesh) -> Callable:
@@ -63,9 +100,8 @@ class Encoder:
   """A function from images to unit features; `load_encoder` opens one.
 
   Attributes:
-    card: what builds it and makes its input, plain JSON: the arguments of
-      `models.make` under "encoder"; height and width of its images in pixels,
-      mean and std of their channels; what tells its train images from others.
+    card: a `Card`; in a checkpoint also what tells its train images from
+      others.
     variables: its parameters and running statistics.
     apply: the result of `make_apply`.
     mesh: the devices that share each batch.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from unreid_jax import encode, methods, models, optim, sharding, values
+from unreid_jax.config import encoder_options
 from unreid_jax.data import augment
 from unreid_jax.methods import Batch, Method
 from unreid_jax.models import pretrained
@@ -69,7 +70,7 @@ def make_parts(config: ConfigDict) -> Parts:
   """The parts of a run, of a resolved config, on the mesh of `jax.set_mesh`."""
   mesh = jax.sharding.get_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
-  options = {k: v for k, v in config.encoder.items() if k != "pretrained"}
+  options = encoder_options(config)
   module = models.make(**options)
   colour = {"mean": module.backbone.mean, "std": module.backbone.std}
   size = {key: config.dataset[key] for key in ("height", "width")}

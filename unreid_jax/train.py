@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, encode, methods, sharding
-from unreid_jax.config import check, check_same, resolve
+from unreid_jax.config import check, check_same, check_weights, resolve
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import evaluate, export_features
 from unreid_jax.preemption import Interrupted, Preemption
@@ -48,6 +48,7 @@ def train(config: ConfigDict, path: str) -> None:
       check_same(workdir.stored_config(), config)
     else:
       workdir.check_unused()
+      check_weights(config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
     images, camids = dataset.train.images, dataset.train.camids

@@ -133,9 +133,8 @@ def _read(path):
 
 
 def _about(path, error) -> UserError:
-  """An error in one line, whatever a file calls its tensors."""
-  text = "".join(c if c.isprintable() else "?" for c in str(error))
-  return UserError(f"{path}: {text[:400]}")
+  """An error of some length, whatever a file calls its tensors."""
+  return UserError(f"{path}: {str(error)[:400]}")
 
 
 def _fill(state, encoder, variables):
