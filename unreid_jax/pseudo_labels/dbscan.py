@@ -63,8 +63,10 @@ def _as_rows(distances):
   if len(shape) != 2 or shape[0] != shape[1]:
     raise UserError(f"distances has the shape {shape}: pass [n, n]")
   try:
-    if hasattr(distances, "check_format"):  # scipy reads beyond arrays else
+    if hasattr(distances, "indptr"):  # scipy would read beyond its arrays
       distances.check_format(full_check=True)
+      if (np.diff(distances.indptr) < 0).any():  # unseen if it ends at 0
+        raise ValueError("indptr falls")
     rows = csr_array(distances)
   except ValueError as error:
     raise UserError(f"distances is no valid matrix: {error}") from None

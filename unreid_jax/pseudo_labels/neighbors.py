@@ -67,7 +67,7 @@ def as_features(features: Float[np.ndarray, "n d"]) -> Float32Rows:
   """The features as float32, if no distance of two is infinite or NaN."""
   if not features.size:
     raise UserError(
-      f"features has the shape {features.shape}: pass one image or more"
+      f"the features have the shape {features.shape}: pass one image or more"
     )
   with np.errstate(over="ignore", invalid="ignore"):
     features = np.asarray(features, np.float32, order="C")
