@@ -147,7 +147,7 @@ def _input_gradient(kernel, grad, shape, stride):
 
 def _kernel_gradient(x, kernel, grad, stride):
   """Two images of each device at a time: their pixels stay in its cache."""
-  at_once = 2 * jax.sharding.get_abstract_mesh().size
+  at_once = 2 * max(jax.sharding.get_abstract_mesh().size, 1)
   rows = at_once if len(x) % at_once == 0 else len(x)
   split = lambda a: a.reshape(rows, -1, *a.shape[1:])
   x, grad = split(_pad_same(x, kernel, stride)), split(grad)

@@ -114,11 +114,11 @@ class EfficientNetLite(nn.Module):
       key = f"blocks.{place}.{layer}{rest}"
     elif found := re.fullmatch(r"_(\w+)(.*)", key):
       key = _OUTER.get(found[1], found[1]) + found[2]
-    if found := re.fullmatch(r"blocks\.(.*)\.(\w+)\.\w+", key):
-      if found[1] not in places or found[2] not in _INNER.values():
-        raise UserError(
-          f"its {original} is of another network: set encoder.arch to that"
-        )
+    found = re.fullmatch(r"blocks\.(.*)\.(\w+)\.\w+", key)
+    if found and (found[1] not in places or found[2] not in _INNER.values()):
+      raise UserError(
+        f"its {original} is of another network: set encoder.arch to that"
+      )
     return key
 
   @staticmethod
