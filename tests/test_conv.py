@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_allclose
 
+from unreid_jax import sharding
 from unreid_jax.models import conv
 
 
@@ -43,6 +44,68 @@ def test_conv(shape, size, stride):
   _assert_same(lambda *a: conv.conv(*a, stride), plain, _random(*shape), kernel)
 
 
+def _plain_same(x, kernel, stride, **options):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), "SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"), **options,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 5), (3, 7, 5, 4), (1, 1, 2, 3)])
+def test_conv_padded_as_in_tensorflow(shape):
+  kernel = _random(3, 3, shape[-1], 6)
+  ours = lambda x, kernel: conv.conv(x, kernel, 2, same=True)
+  plain = lambda x, kernel: _plain_same(x, kernel, 2)
+  _assert_same(ours, plain, _random(*shape), kernel)
+
+
+@pytest.mark.parametrize(
+  "shape", [(4, 8, 6, 5), (3, 7, 5, 4), (1, 1, 2, 3), (2, 9, 10, 3)]
+)
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_depthwise(shape, size, stride):
+  options = {"feature_group_count": shape[-1]}
+  ours = lambda x, kernel: conv.depthwise(x, kernel, stride)
+  plain = lambda x, kernel: _plain_same(x, kernel, stride, **options)
+  _assert_same(ours, plain, _random(*shape), _random(size, size, 1, shape[-1]))
+
+
+def test_depthwise_in_bfloat16_adds_up_in_float32():
+  x, kernel = _random(64, 8, 4, 3), _random(5, 5, 1, 3)
+  narrow = (a.astype("bfloat16") for a in (x, kernel))
+  call = jax.jit(lambda x, k: jax.vjp(lambda *a: conv.depthwise(*a, 1), x, k))
+  runs = [call(*args) for args in ((x, kernel), narrow)]
+  cotangent = _random(64, 8, 4, 3)
+  exact, close = ((y, *back(cotangent.astype(y.dtype))) for y, back in runs)
+  for a, b in zip(exact, close, strict=True):
+    assert b.dtype == jnp.bfloat16
+    assert_allclose(b.astype("float32"), a, 0, 0.01 * abs(a).max())
+
+
+@pytest.mark.parametrize("num_images", [24, 32])
+def test_depthwise_gradients_stay_on_their_devices(
+  num_images, collective_sizes
+):
+  x, kernel, slope = (
+    _random(num_images, 4, 4, 6), _random(3, 3, 1, 6),
+    _random(num_images, 2, 2, 6),
+  )  # fmt: skip
+
+  def gradients(x, kernel, slope):
+    return jax.vjp(lambda *a: conv.depthwise(*a, 2), x, kernel)[1](slope)
+
+  want = jax.jit(gradients)(x, kernel, slope)
+  mesh = sharding.make_mesh(8)
+  put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, sharding.ROWS))
+  with jax.set_mesh(mesh):
+    args = put(x), kernel, put(slope)
+    program = jax.jit(gradients).lower(*args).compile()
+    for a, b in zip(program(*args), want, strict=True):
+      assert_allclose(a, b, 1e-4, 1e-4)
+  sizes = collective_sizes(program.as_text())
+  assert max(sizes) == kernel.size
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 6, 5), (3, 7, 5, 4), (1, 1, 2, 3)])
 def test_max_pool(shape):
   def plain(x):
@@ -54,14 +117,16 @@ def test_max_pool(shape):
 
 
 def test_accelerators_get_the_plain_operations(monkeypatch):
-  x, kernel = _random(2, 8, 6, 5), _random(1, 1, 5, 4)
-  names = {}
+  def everything(x, one, each):
+    x = conv.conv(conv.max_pool(x), one, 1)
+    return conv.depthwise(x, each, 2)
+
+  args = _random(2, 8, 6, 5), _random(1, 1, 5, 4), _random(3, 3, 1, 4)
+  names = "conv_general", "reduce_window", "feature_group_count=4"
+  found = {}
   for backend in "cpu", "gpu":
     monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-    jaxpr = str(
-      jax.make_jaxpr(lambda x, k: conv.conv(conv.max_pool(x), k, 1))(x, kernel)
-    )
-    names[backend] = {
-      n for n in ("conv_general", "reduce_window") if n in jaxpr
-    }
-  assert names == {"cpu": set(), "gpu": {"conv_general", "reduce_window"}}
+    # Another function each time, or the first program would be taken again.
+    jaxpr = str(jax.make_jaxpr(lambda *a: everything(*a))(*args))
+    found[backend] = [name for name in names if name in jaxpr]
+  assert found == {"cpu": [], "gpu": list(names)}

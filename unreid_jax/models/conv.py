@@ -1,4 +1,4 @@
-"""Convolution and max pooling, each with a second form for CPUs.
+"""Convolutions and max pooling, each with a second form for CPUs.
 
 XLA's CPU code is slow at two gradients that a ResNet needs: a 1x1
 convolution's weights (10 to 100 GFLOP/s, where a matrix product reaches 80 to
@@ -6,7 +6,10 @@ convolution's weights (10 to 100 GFLOP/s, where a matrix product reaches 80 to
 With both replaced, a ResNet-50 training step takes half the processor time on
 2 cores. For larger kernels no other form was clearly faster, except where a map
 is smaller than the kernel: there XLA falls back to plain loops (20 ms for 32
-maps of 4x2x128, the form below 0.9 ms). Accelerators get the plain operations.
+maps of 4x2x128, the form below 0.9 ms). A depthwise convolution, of which XLA
+makes plain loops too, is a sum of shifted products below, several times faster
+in both directions (benchmarks/depthwise.py). Accelerators get the plain
+operations.
 """
 
 import functools
@@ -16,7 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from unreid_jax.models.norm import widen
+
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# In a depthwise kernel an output channel has one input channel.
+_KAIMING_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+_Maps = Float[Array, "b h w c"]
+_Kernel = Float[Array, "k k 1 c"]
 
 
 class Conv(nn.Module):
@@ -25,28 +34,156 @@ class Conv(nn.Module):
   channels: int
   size: int
   stride: int = 1
+  same: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W C"]:
     shape = (self.size, self.size, x.shape[-1], self.channels)
     kernel = self.param("kernel", KAIMING, shape)
-    return conv(x, kernel.astype(x.dtype), self.stride)
+    return conv(x, kernel.astype(x.dtype), self.stride, self.same)
+
+
+class DepthwiseConv(nn.Module):
+  """A layer of `depthwise`, initialised like those of EfficientNet."""
+
+  size: int
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x: _Maps) -> Float[Array, "b H W c"]:
+    shape = (self.size, self.size, 1, x.shape[-1])
+    kernel = self.param("kernel", _KAIMING_DEPTHWISE, shape)
+    return depthwise(x, kernel.astype(x.dtype), self.stride)
 
 
 def conv(
-  x: Float[Array, "b h w c"], kernel: Float[Array, "k k c C"], stride: int
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "k k c C"],
+  stride: int,
+  same: bool = False,
 ) -> Float[Array, "b H W C"]:
-  """Square convolution without bias, padded by k // 2 on every side."""
+  """Square convolution without bias, padded by k // 2 on every side.
+
+  `same` pads as TensorFlow does: at stride 2 an even side has one pixel less
+  on the left or top.
+  """
   pad = kernel.shape[0] // 2
-  is_narrow = min(x.shape[1:3]) < kernel.shape[0]
+  is_narrow = min(x.shape[1:3]) < kernel.shape[0] and not same
   if jax.default_backend() == "cpu" and (is_narrow or not pad):
     x = jnp.concatenate(_shifted(x, kernel.shape[0], stride, 0.0), axis=3)
     # Two axes, not four: XLA multiplies these several times faster.
     out = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
     return out.reshape(*x.shape[:-1], -1)
-  pads, dims = ((pad, pad), (pad, pad)), ("NHWC", "HWIO", "NHWC")
-  convolve = jax.lax.conv_general_dilated
-  return convolve(x, kernel, (stride, stride), pads, dimension_numbers=dims)
+  pads = "SAME" if same else ((pad, pad), (pad, pad))
+  return _lax_conv(x, kernel, (stride, stride), pads)
+
+
+_lax_conv = functools.partial(
+  jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC")
+)
+
+
+def depthwise(
+  x: _Maps, kernel: _Kernel, stride: int
+) -> Float[Array, "b H W c"]:
+  """Convolves each channel with a kernel of its own; padding as in TensorFlow.
+
+  That is "SAME": ceil(h / stride) rows come out, and of an odd number of pixels
+  of padding the last one is on the right or bottom.
+  """
+  if jax.default_backend() == "cpu":
+    return _depthwise(x, kernel, stride)
+  strides, groups = (stride, stride), x.shape[-1]
+  return _lax_conv(x, kernel, strides, "SAME", feature_group_count=groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise(x, kernel, stride):
+  shape = [-(-n // stride) for n in x.shape[1:3]]
+  out = _correlate(_pad_same(x, kernel, stride), kernel, shape, stride)
+  return out.astype(x.dtype)
+
+
+def _depthwise_backward(stride, residuals, grad):
+  x, kernel = residuals
+  grad_x = _input_gradient(kernel, grad, x.shape, stride)
+  grad_kernel = _kernel_gradient(x, kernel, grad, stride)
+  return grad_x.astype(x.dtype), grad_kernel.astype(x.dtype)
+
+
+_depthwise.defvjp(
+  lambda x, k, s: (_depthwise(x, k, s), (x, k)), _depthwise_backward
+)
+
+
+def _input_gradient(kernel, grad, shape, stride):
+  """The gradient in a map of this shape.
+
+  Rows and columns that are `stride` apart meet the same entries of the kernel.
+  So the gradient in each such part is a correlation of its own with `grad`.
+  """
+  size, (height, width) = len(kernel), grad.shape[1:3]
+  margin = -(-size // stride)
+  pads = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+  grad = jnp.pad(grad, pads)
+
+  def parts(length):
+    """Each part's first entry of the kernel, and where it starts in `grad`."""
+    before, _ = _same_pads(length, size, stride)
+    for i in range(before, before + stride):
+      start, entry = divmod(i, stride)
+      yield entry, margin + 1 + start - len(range(entry, size, stride))
+
+  rows = []
+  for i, top in parts(shape[1]):
+    row = []
+    for j, left in parts(shape[2]):
+      entries = kernel[i::stride, j::stride][::-1, ::-1]
+      row.append(_correlate(grad[:, top:, left:], entries, (height, width)))
+    rows.append(jnp.stack(row, 3))
+  whole = (shape[0], height * stride, width * stride, shape[3])
+  return jnp.stack(rows, 2).reshape(whole)[:, : shape[1], : shape[2]]
+
+
+def _kernel_gradient(x, kernel, grad, stride):
+  """Two images of each device at a time: their pixels stay in its cache."""
+  at_once = 2 * max(jax.sharding.get_abstract_mesh().size, 1)
+  rows = at_once if len(x) % at_once == 0 else len(x)
+  split = lambda a: a.reshape(rows, -1, *a.shape[1:])
+  x, grad = split(_pad_same(x, kernel, stride)), split(grad)
+
+  def add(i, total):
+    one = (jax.lax.dynamic_index_in_dim(a, i, 1, False) for a in (x, grad))
+    pixels, slope = jax.lax.optimization_barrier(tuple(one))
+    met = _met(pixels, kernel.shape, slope.shape[1:3], stride)
+    products = (widen(part) * widen(slope) for part in met)
+    # Images are added up at the end, lest devices should meet in every turn.
+    return total + jnp.stack([p.sum((1, 2)) for p in products], 1)
+
+  flat = (rows, kernel.shape[0] * kernel.shape[1], kernel.shape[3])
+  total = jnp.zeros(flat, widen(grad).dtype)
+  total = jax.lax.fori_loop(0, x.shape[1], add, total)
+  return total.sum(0).reshape(kernel.shape)
+
+
+def _correlate(x, kernel, shape, stride=1):
+  """Each entry of the kernel times the pixels that it meets, added up."""
+  entries = widen(kernel).reshape(-1, 1, 1, 1, kernel.shape[-1])
+  met = _met(x, kernel.shape, shape, stride)
+  products = (widen(x) * k for x, k in zip(met, entries, strict=True))
+  return functools.reduce(jnp.add, products)
+
+
+def _pad_same(x, kernel, stride):
+  size = len(kernel)
+  pads = (_same_pads(length, size, stride) for length in x.shape[1:3])
+  return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+
+
+def _same_pads(length, size, stride):
+  """TensorFlow's number of pixels before and after this many."""
+  total = max((-(-length // stride) - 1) * stride + size - length, 0)
+  return total // 2, total - total // 2
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
@@ -91,8 +228,16 @@ _max_pool.defvjp(lambda x: (_max_pool(x), x), _max_pool_backward)
 
 def _shifted(x, size, stride, fill):
   """The pixels that each of the kernel's size x size entries meets."""
-  height, width = (-(-n // stride) * stride for n in x.shape[1:3])
+  shape = [-(-n // stride) for n in x.shape[1:3]]
   pad = (size // 2, size // 2)
   x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=fill)
-  slices = lambda n: [slice(i, i + n - stride + 1, stride) for i in range(size)]
-  return [x[:, i, j] for i in slices(height) for j in slices(width)]
+  return _met(x, (size, size), shape, stride)
+
+
+def _met(x, size, shape, stride=1):
+  """The pixels of x, already padded, that each entry of a kernel meets."""
+  slices = lambda axis: [
+    slice(i, i + (shape[axis] - 1) * stride + 1, stride)
+    for i in range(size[axis])
+  ]
+  return [x[:, i, j] for i in slices(0) for j in slices(1)]

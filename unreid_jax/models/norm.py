@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 
 from unreid_jax import UserError
 
-_MOMENTUM = 0.9
-_EPSILON = 1e-5
 _X = Float[Array, "b *hw c"]
 _Groups = Float[Array, "g c"]
 
@@ -29,6 +27,8 @@ class GhostBatchNorm(nn.Module):
   group_size: int = 0  # images in a group; 0: the whole batch
   running: str = "first"
   train_bias: bool = True  # False freezes its initial or loaded value
+  epsilon: float = 1e-5  # is added to the variance
+  momentum: float = 0.9  # the weight of the old running statistics
 
   @nn.compact
   def __call__(self, x: _X, train: bool) -> _X:
@@ -40,7 +40,7 @@ class GhostBatchNorm(nn.Module):
       bias = jax.lax.stop_gradient(bias)
     if not train:
       mean, var = (v.value.astype(scale.dtype) for v in (mean, var))
-      return _affine(x, mean, jax.lax.rsqrt(var + _EPSILON) * scale, bias)
+      return _affine(x, mean, jax.lax.rsqrt(var + self.epsilon) * scale, bias)
     size = self.group_size or len(x)
     if len(x) % size:
       raise UserError(
@@ -48,14 +48,18 @@ class GhostBatchNorm(nn.Module):
         "choose a divisor, or 0 for the whole batch"
       )
     num_groups = len(x) // size
-    out, group_mean, group_var = _batch_norm(x, scale, bias, num_groups)
+    out, group_mean, group_var = _batch_norm(
+      x, scale, bias, num_groups, self.epsilon
+    )
     if not self.is_initializing():
       pixels = x.size // channels // num_groups
       unbiased = group_var * (pixels / max(pixels - 1, 1))
       for running, values in ((mean, group_mean), (var, unbiased)):
         new = values[0] if self.running == "first" else values.mean(0)
         new = jax.lax.stop_gradient(new).astype(running.value.dtype)
-        running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
+        running.value = (
+          self.momentum * running.value + (1 - self.momentum) * new
+        )
     return out
 
 
@@ -76,27 +80,31 @@ def _scale_and_bias(module, x):
 
 
 # The hand-written gradient reads the activations less often than autodiff's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _batch_norm(
-  x: _X, scale: Float[Array, " c"], bias: Float[Array, " c"], num_groups: int
+  x: _X,
+  scale: Float[Array, " c"],
+  bias: Float[Array, " c"],
+  num_groups: int,
+  epsilon: float,
 ) -> tuple[_X, _Groups, _Groups]:
   """Normalised x, and the mean and the biased variance of each group.
 
   Only the first has a gradient; the others count as constants.
   """
-  return _forward(x, scale, bias, num_groups)[0]
+  return _forward(x, scale, bias, num_groups, epsilon)[0]
 
 
-def _forward(x, scale, bias, num_groups):
+def _forward(x, scale, bias, num_groups, epsilon):
   wide = widen(x)
   mean = _group_mean(wide, num_groups)
   var = _group_mean(jnp.square(wide - _spread(mean, x)), num_groups)
-  inverse = jax.lax.rsqrt(var + _EPSILON)
+  inverse = jax.lax.rsqrt(var + epsilon)
   out = _affine(x, _spread(mean, x), _spread(inverse * scale[None], x), bias)
   return (out, mean, var), (x, scale, mean, inverse)
 
 
-def _backward(num_groups, residuals, cotangents):
+def _backward(num_groups, _, residuals, cotangents):
   x, scale, mean, inverse = residuals
   grad = widen(cotangents[0])
   unit = (widen(x) - _spread(mean, x)) * _spread(inverse, x)
@@ -142,7 +150,7 @@ class InstanceNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    return _batch_norm(x, *_scale_and_bias(self, x), x.shape[0])[0]
+    return _batch_norm(x, *_scale_and_bias(self, x), len(x), 1e-5)[0]
 
 
 class InstanceBatchNorm(nn.Module):
