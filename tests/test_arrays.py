@@ -145,7 +145,7 @@ def test_mistakes(call, line):
 
 def test_a_part_that_is_none(monkeypatch):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-  with pytest.raises(UserError, match="parts holds something else than"):
+  with pytest.raises(UserError, match="parts is no list of results"):
     summarize(QueryRanks(*np.ones((3, 2))))
 
 

@@ -106,7 +106,7 @@ def summarize(
   """Averages the scores of all valid queries, as `evaluate_rank` does."""
   parts = list(parts)
   if not all(isinstance(part, QueryRanks) for part in parts):
-    raise UserError("parts holds something else than results of rank_queries")
+    raise UserError("parts is no list of results of rank_queries: pass one")
   nothing = QueryRanks(np.zeros(0), np.zeros(0, int), np.zeros(0))
   ap, first_match, inp = map(np.concatenate, zip(nothing, *parts, strict=True))
   valid = first_match > 0

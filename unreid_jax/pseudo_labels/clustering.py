@@ -197,10 +197,8 @@ def describe(
   clusters, at, sizes = np.unique(
     labels, return_inverse=True, return_counts=True
   )
-  labels = np.where((clusters < 0) | (sizes == 1), -1, np.arange(len(sizes)))[
-    at
-  ]
-  sizes = sizes[(clusters >= 0) & (sizes > 1)]
+  is_cluster = (clusters >= 0) & (sizes > 1)
+  labels, sizes = np.where(is_cluster[at], at, -1), sizes[is_cluster]
   out = {"clusters": len(sizes), "outliers": int(np.sum(labels < 0))}
   if len(sizes):
     names = ("min", "q25", "median", "q75", "max")
