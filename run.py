@@ -4,6 +4,12 @@ Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
 whatever way, goes on when it is started again with the same command.
 """
 
+from unreid_jax import UserError, preemption
+
+if __name__ == "__main__":
+  preemption.exit_on_signals()  # they count while the rest is imported, too
+
+import os
 import pathlib
 import re
 import sys
@@ -11,8 +17,6 @@ import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-
-from unreid_jax import UserError, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE:DATASET for a data set."
@@ -29,16 +33,14 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main(argv: list[str]) -> None:
-  import jax  # not earlier: it takes seconds, in which a signal may come
-
-  from unreid_jax import train
+  from unreid_jax import train  # not earlier: it takes seconds
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     if _DISTRIBUTED.value:
-      jax.distributed.initialize()
+      _meet_other_processes()
     config = _config()
     workdir = _WORKDIR.value
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
@@ -51,8 +53,28 @@ def main(argv: list[str]) -> None:
       raise
     _fail(f"{error.filename}: {error.strerror}")
   except preemption.Interrupted as stopped:
-    print(f"{stopped}; the same command goes on", file=sys.stderr)
-    sys.exit(preemption.STATUS)
+    print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(preemption.STATUS)  # an exit of Python's has no ear for signals
+  except Exception as error:
+    is_full = isinstance(error, MemoryError)
+    if not is_full and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    _fail(
+      f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
+      "batch_size, evaluate_batch_size, or the size of images or encoder"
+    )
+
+
+def _meet_other_processes():
+  import jax
+
+  try:
+    jax.distributed.initialize()
+  except Exception as error:
+    raise UserError(
+      f"--distributed finds no cluster ({error}): start it under Slurm or on "
+      "TPUs, or leave it out"
+    ) from None
 
 
 def _config():
@@ -89,11 +111,14 @@ def _parse(argv):
   """absl's parsing, with each mistake answered in one line."""
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    text = str(error).strip().splitlines()[-1]
-    text = text.removeprefix("unreid_jax.UserError: ")
+  except (flags.Error, UserError) as error:
+    # In the middle of a traceback, which has become a line by now.
+    text = str(error).strip().rpartition("unreid_jax.UserError: ")[2]
+    text = text.splitlines()[-1].rstrip("?")
   except (AttributeError, KeyError) as error:
     text = _unknown_key(str(error), argv) or _in_config(error)
+  except BrokenPipeError:  # --help, and nobody reads on
+    os._exit(0)
   except Exception as error:
     text = _in_config(error)
   _fail(text)

@@ -26,11 +26,11 @@ We have not run it on real data; it would need ImageNet weights as well:
 """
 
 import importlib
-import importlib.util
 
 from ml_collections import ConfigDict
 
 from configs import default
+from unreid_jax import methods
 
 
 def get_config(arguments: str = "synthetic,small"):
@@ -39,7 +39,7 @@ def get_config(arguments: str = "synthetic,small"):
   METHOD is any config whose method can be wrapped, such as hhcl.
   """
   rest, _, over = arguments.rpartition(",")
-  is_default = not rest or not importlib.util.find_spec(f"configs.{over}")
+  is_default = not rest or over not in methods.names()
   base, arguments = (
     ("cluster_contrast", arguments) if is_default else (over, rest)
   )

@@ -10,4 +10,5 @@ from unreid_jax.models.backbones import resnet
 
 if __name__ == "__main__":
   resnet._DEPTHS[18] = ((1, 1), False)
+  run.preemption.exit_on_signals()
   run.app.run(run.main, flags_parser=run._parse)

@@ -46,6 +46,16 @@ def near(distances=NEAR, indices=ROWS, **options):
   return jaccard_from_neighbors(X, distances, indices, **options)
 
 
+def beyond(kind):
+  """A sparse matrix of a column that it does not have."""
+  made = csr_array(FAR).asformat(kind)
+  if kind == "coo":
+    made.coords[0][0] = 500
+  else:
+    made.rows[0] = [1, 500]
+  return made
+
+
 @pytest.mark.parametrize(
   ("call", "line"),
   [
@@ -91,6 +101,18 @@ def near(distances=NEAR, indices=ROWS, **options):
     (
       lambda: dbscan(csr_array((np.ones(1), [7], [0, 1, 1, 1]), (3, 3))),
       "distances is no valid matrix: ",
+    ),
+    (
+      lambda: dbscan(beyond("coo")),
+      "no valid matrix: it has row or column 500",
+    ),
+    (
+      lambda: dbscan(beyond("lil")),
+      "no valid matrix: it has row or column 500",
+    ),
+    (
+      lambda: near(changed(NEAR, (0, 1), 9), ROWS),
+      "row 0 of distances does not ascend: pass the nearest first",
     ),
     (lambda: dbscan(FAR, np.nan), "eps is nan: set it to a number above 0"),
     (lambda: dbscan(FAR, 0.5, 0), "min_samples is 0: set it to a whole number"),

@@ -193,6 +193,16 @@ def test_damaged_image_in_a_zip(tmp_path, damage, words):
   check_market(load("market1501", path))
 
 
+def test_an_image_twice_in_a_zip(tmp_path):
+  path = make_zip(tmp_path)
+  with (
+    pytest.warns(UserWarning, match="Duplicate name"),
+    zipfile.ZipFile(path, "a") as archive,
+  ):
+    archive.writestr(TRAIN, archive.read(TRAIN))
+  refused(lambda: load("market1501", path), TRAIN, "is there twice")
+
+
 def test_damaged_table_of_a_zip(tmp_path):
   path = make_zip(tmp_path)
   flip(path, path.read_bytes().index(b"PK\1\2"))

@@ -102,7 +102,12 @@ def change(made, path, value):
       2.0,
       "2.0: set it to a number in [0, 1]",
     ),
-    ("spcl", "encoder.arch", "vgg", '"vgg": set it to "resnet18" or '),
+    (
+      "spcl",
+      "encoder.arch",
+      "vgg",
+      '"vgg": set it to "efficientnet_lite0" or ',
+    ),
     ("spcl", "dataset.name", "cifar", '"cifar": set it to "synthetic" or '),
     ("spcl", "dataset.height", 0, "0: set it to a whole number of 1 or more"),
     (

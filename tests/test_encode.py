@@ -101,12 +101,40 @@ def test_mistakes(trained, tmp_path):
     (np.zeros((2, 64, 32, 3)), r"image 0 is float64\[64, 32, 3\]"),
     ([np.zeros((0, 5, 3), np.uint8)], r"image 0 is uint8\[0, 5, 3\]"),
     ([], "no image to encode"),
+    (["~nosuchuser/a.jpg"], "~nosuchuser/a.jpg: the home directory is not kn"),
   ):
     with pytest.raises(UserError, match=line):
       encoder(given)
   for path in (tmp_path, tmp_path / "checkpoints" / "best", "nowhere"):
     with pytest.raises(UserError, match="holds no checkpoint: give a workdir"):
       load_encoder(path)
+
+
+@pytest.mark.parametrize("images", [None, 5, {"a.png"}, np.float32(1)])
+def test_what_is_no_list_of_images(images):
+  with pytest.raises(
+    UserError, match=r"the images are of the type .*: pass a l"
+  ):
+    encode._Sized(images, 8, 8)
+
+
+def test_images_of_other_libraries(trained, images):
+  encoder = load_encoder(trained[0])
+  pillow = [Image.fromarray(x) for x in images[:3]]
+  for given in (pillow, jax.numpy.asarray(images[:3])):
+    for a, b in zip(*map(jax.tree.leaves, map(encoder, (given, images[:3]))),
+                    strict=True):  # fmt: skip
+      np.testing.assert_array_equal(a, b)
+  one = encoder(pillow[0])["global"]
+  np.testing.assert_array_equal(one, encoder(images[0])["global"])
+
+
+def test_a_workdir_of_links(trained, images, tmp_path):
+  """Its checkpoints are on another disk."""
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").symlink_to(trained[0] / "checkpoints")
+  for path in ("run", "run/checkpoints/best", "run/checkpoints/last/4"):
+    assert load_encoder(tmp_path / path)(images)["global"].shape == (11, 64)
 
 
 def test_an_image_is_read_once(trained, images, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
   "size, line",
   [
-    (0, r"error: .*: No space left on device$"),
+    (0, r"error: .* cannot be written \(No space left on device\): mend that"),
     (2**15, r"error: .*last: step 0 cannot be saved \(No space left on device"),
   ],
 )

@@ -40,6 +40,24 @@ def run_command(arguments, log):
     (["--config=configs/selective.py:nowhere"], 'error: dataset.name is "nowh'),
     (["--config=configs/selective.py:market1501"], "error: dataset.root"),
     (
+      ["--config=configs/selective.py:synthetic,large"],
+      'error: no config "synthetic,large": write DATASET or DATASET,small',
+    ),
+    (
+      ["--config=configs/hngn.py:synthetic,small,default"],
+      'error: no config "synthetic,small,default": write DATASET or DATASET,',
+    ),
+    (["--workdir=~nosuchuser/x"], "error: ~nosuchuser/x: the home directory"),
+    (["--distributed"], "error: --distributed finds no cluster ("),
+    (
+      ["--config.method.warmup=99999999999999 steps"],
+      'error: method.warmup is "99999999999999 steps": set it to a duration',
+    ),
+    (
+      ["--config.encoder.bn_group_size=5"],
+      "error: bn_group_size=5 does not divide the batch of 32 images: ",
+    ),
+    (
       ["--config.method.gradient=no", "--config.epochs=1"],
       'error: method.gradient is "no": set it to "sequential" or "frozen"',
     ),

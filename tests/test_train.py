@@ -353,6 +353,36 @@ def test_other_train_images(dataset, monkeypatch, tmp_path):
     assert contents(tmp_path) == saved
 
 
+def test_a_run_without_a_step_begins_anew(dataset, monkeypatch, tmp_path):
+  """A typo that is noticed soon costs no workdir."""
+  config, typo = tiny_config(epochs=1), tiny_config(epochs=1)
+  typo.optim.lr = 35.0
+  broken, whole = str(tmp_path / "broken"), str(tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "compile_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train.train(typo, broken)
+  assert Workdir(broken).newest("last").name == "0"
+  for path in (broken, whole):
+    train.train(config, path)
+  for name in ("metrics.jsonl", "config.json"):
+    texts = ((tmp_path / x / name).read_text() for x in ("broken", "whole"))
+    assert len(set(texts)) == 1
+
+
+def test_a_signal_while_it_is_scored(dataset, monkeypatch, tmp_path):
+  """The run stops before the next epoch is clustered."""
+
+  def report(self, *_):
+    monkeypatch.setattr(train.Preemption, "noticed", True)
+    return {"mAP": 0.1}
+
+  monkeypatch.setattr(train, "report_scores", report)
+  config = tiny_config(epochs=3, **{"evaluate_every": "1 epoch"})
+  with pytest.raises(train.Interrupted, match=r"^stopped after step 4 of 12"):
+    train.train(config, str(tmp_path))
+
+
 def contents(workdir):
   """Every file of a workdir but the log and the lock."""
   files = [x for x in workdir.rglob("*") if x.is_file()]
@@ -389,6 +419,16 @@ def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
     ),
     ("metrics.jsonl", b"\xff\0\n", "^line 1 of .*metrics.jsonl is damaged"),
     ("metrics.jsonl", b'{"step": "1", "kind": ""}\n', "^line 1 of .* no step"),
+    (
+      "metrics.jsonl",
+      b'{"step": 1, "kind": "evaluate", "mAP": "x"}\n',
+      "^line 1 of .*metrics.jsonl has no numbers",
+    ),
+    (
+      "config.json",
+      b'{"method": {"name": "x"}}',
+      "config.json of --workdir is",
+    ),
     ("config.json", b"[1]", "config.json is damaged .it is no JSON object"),
     ("config.json", b"\xff", "config.json is damaged"),
     ("config.json", b"", "config.json is damaged"),
@@ -418,6 +458,17 @@ def test_a_damaged_workdir(finished, tmp_path, name, text, line):
     run(config, str(copy))
   assert "\n" not in str(refused.value)
   assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_workdir_that_lost_a_file(finished, tmp_path, name):
+  workdir, config, run = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / name).unlink()
+  before = contents(tmp_path / "run")
+  with pytest.raises(UserError, match=f"{name} is gone.*: bring it back, or"):
+    run(config, str(tmp_path / "run"))
+  assert contents(tmp_path / "run") == before
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ a method's `Hyperparameters`, and so on; `Run` has those of the config's own
 keys. Here they are only collected.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
@@ -102,17 +103,23 @@ def _check_features(config):
   """Whether encoder, method and images go together; nothing is computed."""
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
-  _, (features, _) = _shapes(config)
+  module, (features, variables) = _shapes(config)
   jax.eval_shape(lambda key: method.init(key, features), jax.random.key(0))
+  options = {"train": True, "mutable": ["batch_stats"]}
+  as_trained = functools.partial(module.apply, **options)
+  jax.eval_shape(as_trained, variables, _images(config))
 
 
 def _shapes(config):
   """The encoder, and the shapes of a batch's features and of its variables."""
   module = models.make(**encoder_options(config))
+  init, key = module.init_with_output, jax.random.key(0)
+  return module, jax.eval_shape(init, key, _images(config))
+
+
+def _images(config):
   shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
-  images = jax.ShapeDtypeStruct(shape, jnp.float32)
-  init = module.init_with_output
-  return module, jax.eval_shape(init, jax.random.key(0), images)
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
@@ -142,7 +149,13 @@ def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
     UserError: which key differs.
   """
   settings = json.loads(json.dumps(config.to_dict()))  # as it would be stored
-  known = {path: x for path, _, x in _leaves(kinds(), stored)}
+  try:
+    known = {path: x for path, _, x in _leaves(kinds(), stored)}
+  except values.BadValue as bad:  # no method of that name, say
+    raise UserError(
+      f"the config.json of --workdir is damaged or of another version ({bad}): "
+      "choose another --workdir"
+    ) from None
   for path, kind, now in _leaves(kinds(), settings):
     is_free = values.has(kind, values.FREE)
     if not is_free and known.get(path, now) != now:

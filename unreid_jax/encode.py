@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypedDict
 
@@ -20,7 +19,8 @@ from unreid_jax.data.images import decode, resize
 from unreid_jax.values import Count, Positive
 from unreid_jax.workdir import checkpoints
 
-ImageLike = str | os.PathLike | np.ndarray  # a path, or uint8 [h, w, 3]
+# A path, Pillow's, or uint8 [h, w, 3].
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 
 class Card(TypedDict):
@@ -121,8 +121,9 @@ class Encoder:
     """The features of any number of images of any size.
 
     Args:
-      images: an array u8[n, h, w, 3], or a list of arrays u8[h, w, 3] and of
-        paths; or one of these. They are resized as the training images were.
+      images: an array u8[n, h, w, 3], or a list of arrays u8[h, w, 3], of
+        Pillow's images and of paths; or one of these. They are resized as the
+        training images were.
       batch_size: how many images the devices work on at a time; rounded up to
         a multiple of the number of devices.
       title: the name of this phase, where `progress` is shown.
@@ -134,6 +135,7 @@ class Encoder:
     Raises:
       UserError: an image cannot be read, or there is none.
     """
+    values.check({"batch_size": int}, {"batch_size": batch_size})
     images = _Sized(images, self.card["height"], self.card["width"])
     if not len(images):
       raise UserError("there is no image to encode: pass at least one")
@@ -184,9 +186,15 @@ class _Sized:
   """Images of one size, which are read and resized when they are asked for."""
 
   def __init__(self, images, height, width):
+    if hasattr(images, "__array__") and not isinstance(images, Image.Image):
+      images = np.asarray(images)  # of JAX, say
     is_array = isinstance(images, np.ndarray) and images.ndim == 3
-    is_one = is_array or isinstance(images, str | os.PathLike)
+    is_one = is_array or isinstance(images, str | os.PathLike | Image.Image)
     self._images = [images] if is_one else images
+    is_list = isinstance(self._images, Sequence)
+    if not is_list and not getattr(self._images, "ndim", 0):
+      kind = type(images).__name__
+      raise UserError(f"the images are of the type {kind}: pass a list of them")
     self.shape = (len(self._images), height, width, 3)
 
   def __len__(self) -> int:
@@ -206,7 +214,9 @@ class _Sized:
 def _read(image, row, height, width):
   """One image at its size."""
   if isinstance(image, str | os.PathLike):
-    return decode(pathlib.Path(image).expanduser(), height, width)
+    return decode(values.expand(image, "it"), height, width)
+  if isinstance(image, Image.Image):
+    return resize(image, height, width)
   image = np.asarray(image)
   is_colour = image.ndim == 3 and image.shape[2] == 3 and image.size
   if image.dtype != np.uint8 or not is_colour:

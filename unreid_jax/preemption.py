@@ -67,6 +67,11 @@ class Preemption:
     """From now on a run has something to save before it stops."""
     self._deferred = True
 
+  @property
+  def noticed(self) -> bool:
+    """Whether a signal has come; always False in one of several processes."""
+    return self._notified
+
   def requested(self, step: int) -> bool:
     """Whether to save and stop after this step."""
     if self._is_alone:

@@ -43,11 +43,16 @@ def train(config: ConfigDict, path: str) -> None:
     check(config, mesh.size)
     workdir = Workdir(path)
     stack.enter_context(workdir.locked())
-    if earlier := workdir.newest("last"):
+    earlier = workdir.newest("last")
+    if earlier and earlier.name == "0":  # nothing has been learnt yet
+      earlier = None
+    elif earlier:
       check_version(earlier)
       check_same(workdir.stored_config(), config)
+      workdir.check_metrics()
     else:
       workdir.check_unused()
+    if not earlier:
       check_weights(config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
@@ -77,19 +82,20 @@ def train(config: ConfigDict, path: str) -> None:
     workdir.write_config(config)
     if earlier:
       state = checkpoints.restore("last", like=state)
-    else:  # so that a run without a last checkpoint is one that lost it
-      checkpoints.save("last", 0, card, state)
     step, end = int(state.step), config.epochs * steps_per_epoch
     score_state = lambda state, step: report_scores(
       parts.encoder(state), parts.distance, dataset, step,
       config.evaluate_batch_size, writer,
     )  # fmt: skip
-    checkpoints.forget("best", after=step)
     writer.resume(step)
+    checkpoints.forget("best", after=step)
     if step:
       writer.log(f"goes on after step {step} of {end}")
-    elif dataset.query is not None:
-      writer.write(0, "evaluate", score_state(state, 0))
+    else:  # saved, so that a run without a last checkpoint is one that lost it
+      checkpoints.forget("last", after=-1)
+      checkpoints.save("last", 0, card, state)
+      if dataset.query is not None:
+        writer.write(0, "evaluate", score_state(state, 0))
 
     copies = NamedSharding(mesh, sharding.COPY)
     key, method_key = jax.device_put(keys(config.seed), copies)
@@ -133,6 +139,7 @@ def train(config: ConfigDict, path: str) -> None:
           if is_best(scores, writer.history("evaluate")):
             checkpoints.save("best", step, card, state)
           writer.write(step, "evaluate", scores)
+      stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, card, state)
     if stop and step < end:
@@ -227,8 +234,9 @@ def check_same_images(stored: dict, card: dict, path: pathlib.Path) -> None:
   then, now = stored.get("train_images"), card["train_images"]
   if then is not None and then != now:
     what = "their names, cameras or pixels differ"
-    if then["number"] != now["number"]:
-      what = f"{then['number']} then, {now['number']} now"
+    number = then.get("number") if isinstance(then, dict) else "?"
+    if number != now["number"]:
+      what = f"{number} then, {now['number']} now"
     raise UserError(
       f"{path} was trained on other train images ({what}): bring them back, or "
       "choose another --workdir"

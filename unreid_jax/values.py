@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import math
 import numbers
+import os
+import pathlib
 import re
 import sys
 import typing
@@ -27,6 +29,9 @@ class BadValue(UserError):
     self.key, self.problem = key, problem
 
 
+_MOST = 10**8  # more of anything is a slip of the finger, and fills the memory
+
+
 class Range(NamedTuple):
   """The smallest and the largest value; "(" and ")" exclude them."""
 
@@ -40,7 +45,7 @@ class Range(NamedTuple):
     return self.low < value < self.high or at_end.get(value, False)
 
   def __str__(self) -> str:
-    if self.high < math.inf:
+    if self.high not in (_MOST, math.inf):
       return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
     low = self.low
     return f"of {low} or more" if self.ends[0] == "[" else f"above {low}"
@@ -65,10 +70,10 @@ NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, "[)")]
 InsideUnit = Annotated[float, Range(0, 1, "()")]
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1, _MOST)]
+CountOrZero = Annotated[int, Range(0, _MOST)]
 # Steps; in a config also "10 epochs" or "500 steps", see `steps`.
-Duration = Annotated[int, Range(0), DURATION]
+Duration = Annotated[int, Range(0, _MOST), DURATION]
 # May change between two parts of a run: it says where the run happens and what
 # it reports, not what it learns.
 Free = Annotated[T, FREE]
@@ -155,6 +160,16 @@ def steps(duration: int | str | tuple | list, steps_per_epoch: int) -> Any:
   return max(round(float(number) * scale), 1 if float(number) else 0)
 
 
+def expand(path: str | os.PathLike, key: str) -> pathlib.Path:
+  """The path with "~" replaced by the home directory; `key` sets it."""
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError:
+    raise UserError(
+      f"{path}: the home directory is not known: set {key} to a full path"
+    ) from None
+
+
 def _mark(kind, of):
   marks = getattr(kind, "__metadata__", ())
   return next((x for x in reversed(marks) if isinstance(x, of)), None)
@@ -195,4 +210,6 @@ def _objection(kind, value, in_steps=False) -> str | None:
   fits = fits and (plain is not float or abs(value) <= sys.float_info.max)
   if fits and (limits is None or limits.holds(value)):
     return None
+  if fits and limits.high == _MOST and value > _MOST:
+    return f"{wanted} of {_MOST} or less"
   return f"{wanted} {limits}" if limits else wanted

@@ -60,7 +60,7 @@ def load(
   if name == "synthetic":
     return _synthetic(height, width, seed, splits)
   cache_dir = cache_dir or "~/.cache/unreid_jax"
-  cache_dir = images.expand(cache_dir, "dataset.cache_dir")
+  cache_dir = values.expand(cache_dir, "dataset.cache_dir")
   options = {"height": height, "width": width, "on_corrupt": on_corrupt}
   try:  # every file is looked at before the first is read
     files = _list_files(name, root, version)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +17,10 @@ from jaxtyping import Int32, UInt8
 from PIL import Image, ImageOps
 
 from unreid_jax import UserError
+from unreid_jax.values import expand
 
+# We bound the memory ourselves.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Path = pathlib.Path | zipfile.Path
 _Pixels = UInt8[np.ndarray, "h w 3"]
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -62,16 +66,6 @@ def unreadable(path: Path | str, error: OSError) -> UserError:
   return UserError(
     f"{path} cannot be read ({reason}): mend that or move it away"
   )
-
-
-def expand(path: str, key: str) -> pathlib.Path:
-  """The path with "~" replaced by the home directory; `key` sets it."""
-  try:
-    return pathlib.Path(path).expanduser()
-  except RuntimeError:
-    raise UserError(
-      f"{path}: the home directory is not known: set {key} to a full path"
-    ) from None
 
 
 def is_image(name: str) -> bool:

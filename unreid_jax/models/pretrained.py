@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import re
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from flax import traverse_util
 
 from unreid_jax import UserError
 from unreid_jax.models import Encoder, torch_file
+from unreid_jax.values import expand
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 _LEAVES |= {"mean": "running_mean", "var": "running_var"}
@@ -65,13 +67,13 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     UserError: there is no such file, or it cannot be read.
   """
   try:
-    file = pathlib.Path(path).expanduser()
+    file = expand(path, "it")
     if file.is_dir():
       raise UserError("it is a folder: name the file of weights in it")
     if not file.is_file():
       raise UserError("no such file: download the weights there first")
     return _read(file)
-  except (UserError, RuntimeError) as error:  # the latter by expanduser
+  except UserError as error:
     raise _about(path, error) from None
   except OSError as error:
     reason = error.strerror or error
@@ -164,6 +166,8 @@ def _fill(state, encoder, variables):
 def _by_name(state, encoder):
   """The arrays by the names that the backbone's own code base gives them."""
   named = {}
+  if not isinstance(state, Mapping):
+    raise UserError("the weights are no dictionary: pass arrays by their names")
   for key, value in state.items():
     name = encoder.backbone.torch_key(key)
     if name in named:

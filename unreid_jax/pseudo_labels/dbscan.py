@@ -67,6 +67,10 @@ def _as_rows(distances):
       distances.check_format(full_check=True)
       if (np.diff(distances.indptr) < 0).any():  # unseen if it ends at 0
         raise ValueError("indptr falls")
+    places = {"coo": lambda x: x.coords, "lil": lambda x: map(np.array, x.rows)}
+    for place in places.get(distances.format, lambda x: ())(distances):
+      if place.size and not 0 <= place.min() <= place.max() < shape[0]:
+        raise ValueError(f"it has row or column {place.max()} of {shape[0]}")
     rows = csr_array(distances)
   except ValueError as error:
     raise UserError(f"distances is no valid matrix: {error}") from None

@@ -114,6 +114,10 @@ def _check_neighbors(distances, indices):
     problem = f"row {np.argmin(fits)} of distances has no squared distances"
     raise UserError(f"{problem}: they are 0 or more, and 0 to the image itself")
   distances = np.where(own, 0, np.maximum(distances, 0)).astype(np.float32)
+  behind = np.maximum.accumulate(distances, axis=1) - distances
+  if (behind := (behind > rounding[:, None]) & ~own).any():
+    problem = f"row {np.argmax(behind.any(axis=1))} of distances"
+    raise UserError(f"{problem} does not ascend: pass the nearest first")
   return distances, indices.astype(np.int32)
 
 

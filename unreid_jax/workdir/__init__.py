@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError
+from unreid_jax.values import expand
 
 
 class Workdir:
@@ -27,7 +28,7 @@ class Workdir:
   """
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path).expanduser()
+    self.path = expand(path, "--workdir")
     self.metrics = self.path / "metrics.jsonl"
     self.log = self.path / "log.txt"
     self.events = self.path / "tensorboard"
@@ -40,7 +41,8 @@ class Workdir:
 
     The lock is the kernel's: whatever ends the process releases it.
     """
-    self.path.mkdir(parents=True, exist_ok=True)
+    with named(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
     if jax.process_index() > 0:
       yield
       return
@@ -88,13 +90,20 @@ class Workdir:
         "on; its best encoder and its metrics stay: choose another --workdir"
       )
 
+  def check_metrics(self) -> None:
+    """Refuses to go on without what the best encoder is compared by."""
+    if not self.metrics.exists():
+      raise UserError(
+        f"{self.metrics} is gone, and with it the scores of the best encoder: "
+        "bring it back, or choose another --workdir"
+      )
+
   def stored_config(self) -> dict[str, Any]:
-    """The config of the run in this folder; empty without any."""
+    """The config of the run in this folder."""
+    advice = "bring it back, or choose another --workdir"
     if not self._config.exists():
-      return {}
-    return read_json(
-      self._config.read_bytes(), f"{self._config}: delete it to go on without"
-    )
+      raise UserError(f"{self._config} is gone: {advice}")
+    return read_json(self._config.read_bytes(), f"{self._config}: {advice}")
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""
@@ -119,13 +128,14 @@ def read_json(text: bytes, what: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def named(path: pathlib.Path) -> Iterator[None]:
-  """Within it, what the system refuses to do says with which file."""
+  """Within it, what the system refuses to write is a user's mistake."""
   try:
     yield
   except OSError as error:
-    if error.filename is None:
-      error.filename = str(path)
-    raise
+    raise UserError(
+      f"{path} cannot be written ({error.strerror or error}): mend that, or "
+      "choose another --workdir"
+    ) from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from unreid_jax import UserError
+from unreid_jax.values import expand
 from unreid_jax.workdir import Workdir, read_json
 
 
@@ -109,7 +110,7 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: there is no checkpoint.
   """
-  path = pathlib.Path(path).expanduser().resolve()
+  path = pathlib.Path(os.path.abspath(expand(path, "the path")))
   found = Workdir(path).newest("last")
   if not found and path.parent.name == "checkpoints":
     found = Workdir(path.parent.parent).newest(path.name)

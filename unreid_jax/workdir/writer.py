@@ -1,6 +1,8 @@
 """What a run reports: metrics, TensorBoard, a log, progress, a final table."""
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import sys
@@ -126,8 +128,7 @@ class Writer:
     """A line on the terminal and, with the time, in WORKDIR/log.txt."""
     if self._is_main:
       self._console.out(text, highlight=False)
-      with named(self.workdir.log), self._open_log() as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+      self._to_log(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
   def track(
     self,
@@ -213,11 +214,19 @@ class Writer:
       scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
       table.add_row(name + note, *scores)
     _console(sys.stdout).print(table)
-    with named(self.workdir.log), self._open_log() as file:
-      rich.console.Console(file=file, force_terminal=False).print(table)
+    text = io.StringIO()
+    rich.console.Console(file=text, force_terminal=False).print(table)
+    self._to_log(text.getvalue())
 
-  def _open_log(self):
-    return open(self.workdir.log, "a", encoding="utf-8")
+  def _to_log(self, text):
+    """Nothing, where nobody may write: others' runs can be scored too."""
+    with named(self.workdir.log):
+      try:
+        with open(self.workdir.log, "a", encoding="utf-8") as file:
+          file.write(text)
+      except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+          raise
 
   def _open_events(self, purge_step: int | None = None):
     with named(self.workdir.events):
@@ -281,8 +290,12 @@ def _read(path) -> list[dict]:
   for number, text in enumerate(whole, 1):
     where = f"line {number} of {path}"
     line = read_json(text, f"{where}: move the file away, or mend it")
-    if type(line.get("step")) is not int or type(line.get("kind")) is not str:
+    step, kind, *rest = line.get("step"), line.get("kind"), *line.values()
+    is_number = lambda x: type(x) in (int, float)
+    if type(step) is not int or type(kind) is not str:
       raise UserError(f"{where} has no step or kind: mend it or move it away")
+    if not all(is_number(x) or x is kind for x in rest):
+      raise UserError(f"{where} has no numbers: mend it or move it away")
     lines.append(line)
   return lines
 

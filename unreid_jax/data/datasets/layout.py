@@ -1,6 +1,7 @@
 """What the sets share: file names, folders, zips and the TFDS builder."""
 
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 from unreid_jax import UserError
 from unreid_jax.data import images
 from unreid_jax.data.images import Dataset, File, Path
+from unreid_jax.values import expand
 
 _PER_SHARD = 8_192
 _SET_ROOT = (
@@ -132,7 +134,11 @@ def _images(folder: Path) -> list[File]:
   kept = [file for file in files if file.pid != -1]
   if not kept:
     raise UserError(f"{folder} holds junk images (pid -1) only: {_SET_ROOT}")
-  return sorted(kept, key=lambda file: file.name)
+  kept = sorted(kept, key=lambda file: file.name)
+  for one, other in itertools.pairwise(kept):
+    if one.name == other.name:  # a zip can do that
+      raise UserError(f"{one.path} is there twice: pack the set again")
+  return kept
 
 
 def parse(path: Path) -> File:
@@ -179,7 +185,7 @@ def locate(root: str, folders: Sequence[str], *markers: str) -> Path:
 
 def _places(root: str) -> Iterator[Path]:
   """The folder and the zips in it, or the one zip."""
-  path = images.expand(root, "dataset.root")
+  path = expand(root, "dataset.root")
   if not root or not path.exists():
     raise UserError(f'dataset.root="{root}" does not exist: {_SET_ROOT}')
   if path.is_dir():
