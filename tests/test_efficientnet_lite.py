@@ -68,6 +68,13 @@ def test_width_scales_all_channels():
   assert shapes["blocks_5_0"]["conv_pwl"]["kernel"] == (1, 1, 6 * 32, 48)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_it_computes_in_its_dtype(dtype):
+  with jax.enable_x64(True):
+    maps, _ = _shapes(_arch(0, width=0.25, dtype=dtype))
+  assert maps.dtype == dtype
+
+
 def _same_conv(x, kernel, stride, depthwise):
   """Convolution with TensorFlow's "SAME" padding, pixel by pixel."""
   size, (b, height, width, _) = len(kernel), x.shape

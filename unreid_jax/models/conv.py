@@ -146,7 +146,11 @@ def _input_gradient(kernel, grad, shape, stride):
 
 
 def _kernel_gradient(x, kernel, grad, stride):
-  """Two images of each device at a time: their pixels stay in its cache."""
+  """The gradient in the kernel, from two images of each device at a time.
+
+  Their pixels stay in its cache for all entries of the kernel. A batch that
+  cannot be split like that is taken as a whole.
+  """
   at_once = 2 * max(jax.sharding.get_abstract_mesh().size, 1)
   rows = at_once if len(x) % at_once == 0 else len(x)
   split = lambda a: a.reshape(rows, -1, *a.shape[1:])

@@ -117,7 +117,7 @@ class EfficientNetLite(nn.Module):
     found = re.fullmatch(r"blocks\.(.*)\.(\w+)\.\w+", key)
     if found and (found[1] not in places or found[2] not in _INNER.values()):
       raise UserError(
-        f"its {original} is of another network: set encoder.arch to that"
+        f"its {original} is of another network: set encoder.arch to the file's"
       )
     return key
 
