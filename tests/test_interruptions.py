@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from test_run import FORKS, run_command
+from test_run import FORKS, refused, run_command
 
 from unreid_jax import UserError, train
 from unreid_jax.workdir import Workdir, checkpoints
@@ -190,12 +190,7 @@ def test_a_full_disk(small_disk, crops, tmp_path, size, line):
   options |= {"dataset.cache_dir": tmp_path, "encoder.width": 0.125}
   arguments = ["--config=configs/selective.py", f"--workdir={disk}/run"]
   arguments += [f"--config.{k}={v}" for k, v in options.items()]
-  log = tmp_path / "log"
-  process = FORKS.Process(target=run_command, args=(arguments, log))
-  process.start()
-  process.join(100)
-  printed = log.read_text()
-  assert process.exitcode == 2, printed
+  printed = refused(tmp_path, arguments)
   (last,) = [x for x in printed.splitlines() if x.startswith("error")]
   assert last == printed.splitlines()[-1]
   assert re.match(line, last), last
