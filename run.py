@@ -154,5 +154,4 @@ def _fail(line):
 
 
 if __name__ == "__main__":
-  preemption.exit_on_signals()
   app.run(main, flags_parser=_parse)

@@ -460,6 +460,18 @@ def test_a_damaged_workdir(finished, tmp_path, name, text, line):
   assert contents(copy) == before
 
 
+def test_a_best_encoder_of_another_config(finished, tmp_path):
+  """It stays, also where no later checkpoint has been saved than the first."""
+  workdir, _, run = finished
+  last = shutil.copytree(workdir, tmp_path / "run") / "checkpoints" / "last"
+  (last / "4").rename(last / "0")
+  other, before = tiny_config(epochs=1), contents(tmp_path / "run")
+  other.optim.lr = 35.0
+  with pytest.raises(UserError, match=r"holds a run with optim\.lr"):
+    run(other, str(tmp_path / "run"))
+  assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
 def test_a_workdir_that_lost_a_file(finished, tmp_path, name):
   workdir, config, run = finished

@@ -44,8 +44,8 @@ def train(config: ConfigDict, path: str) -> None:
     workdir = Workdir(path)
     stack.enter_context(workdir.locked())
     earlier = workdir.newest("last")
-    if earlier and earlier.name == "0":  # nothing has been learnt yet
-      earlier = None
+    if earlier and earlier.name == "0" and not workdir.newest("best"):
+      earlier = None  # nothing has been learnt yet
     elif earlier:
       check_version(earlier)
       check_same(workdir.stored_config(), config)

@@ -103,7 +103,7 @@ class Workdir:
     advice = "bring it back, or choose another --workdir"
     if not self._config.exists():
       raise UserError(f"{self._config} is gone: {advice}")
-    return read_json(self._config.read_bytes(), f"{self._config}: {advice}")
+    return read_json(self._config.read_bytes(), self._config, advice)
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""
@@ -113,16 +113,15 @@ class Workdir:
         file.write(f"{text}\n".encode())
 
 
-def read_json(text: bytes, what: str) -> dict[str, Any]:
-  """A JSON object from a file, which `what` names with what to do about it."""
+def read_json(text: bytes, where: Any, advice: str) -> dict[str, Any]:
+  """A JSON object; where it is, and what to do, is said if it is damaged."""
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
     value = error
   if not isinstance(value, dict):
-    name, _, advice = what.partition(": ")
     problem = value if isinstance(value, Exception) else "it is no JSON object"
-    raise UserError(f"{name} is damaged ({problem}): {advice}")
+    raise UserError(f"{where} is damaged ({problem}): {advice}")
   return value
 
 

@@ -129,7 +129,7 @@ def read_card(checkpoint: pathlib.Path) -> dict[str, Any]:
   path = checkpoint / "card" / "metadata"
   with _whole(checkpoint):
     text = path.read_bytes()
-  return read_json(text, f"{path}: restore it, or train again")
+  return read_json(text, path, "restore it, or train again")
 
 
 def read_encoder(checkpoint: pathlib.Path, like: PyTree) -> PyTree:

@@ -289,13 +289,13 @@ def _read(path) -> list[dict]:
   whole, lines = path.read_bytes().split(b"\n")[:-1], []
   for number, text in enumerate(whole, 1):
     where = f"line {number} of {path}"
-    line = read_json(text, f"{where}: move the file away, or mend it")
+    line = read_json(text, where, "mend it, or choose another --workdir")
     step, kind, *rest = line.get("step"), line.get("kind"), *line.values()
     is_number = lambda x: type(x) in (int, float)
     if type(step) is not int or type(kind) is not str:
-      raise UserError(f"{where} has no step or kind: mend it or move it away")
+      raise UserError(f"{where} has no step or kind: mend it")
     if not all(is_number(x) or x is kind for x in rest):
-      raise UserError(f"{where} has no numbers: mend it or move it away")
+      raise UserError(f"{where} has no numbers: mend it")
     lines.append(line)
   return lines
 
