@@ -4,19 +4,22 @@ Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
 whatever way, goes on when it is started again with the same command.
 """
 
+import os
+import sys
+
 from unreid_jax import UserError, preemption
 
 if __name__ == "__main__":
   preemption.exit_on_signals()  # they count while the rest is imported, too
 
-import os
 import pathlib
 import re
-import sys
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from unreid_jax.hosts import launch
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE:DATASET for a data set."
@@ -27,20 +30,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "evaluate"], "evaluate: score the checkpoints."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Call jax.distributed.initialize: several hosts."
-)
 
 
 def main(argv: list[str]) -> None:
   from unreid_jax import train  # not earlier: it takes seconds
+  from unreid_jax.hosts import peers
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
-    if _DISTRIBUTED.value:
-      _meet_other_processes()
+    peers.join()
     config = _config()
     workdir = _WORKDIR.value
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
@@ -54,27 +54,20 @@ def main(argv: list[str]) -> None:
     _fail(f"{error.filename}: {error.strerror}")
   except preemption.Interrupted as stopped:
     print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
+    peers.leave()
     os._exit(preemption.STATUS)  # an exit of Python's has no ear for signals
   except Exception as error:
+    if lost := peers.explain(error):
+      print(lost, file=sys.stderr, flush=True)
+      os._exit(launch.LOST)
     is_full = isinstance(error, MemoryError)
     if not is_full and "RESOURCE_EXHAUSTED" not in str(error):
+      peers.end(f"{type(error).__name__}: {error}")
       raise
     _fail(
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
-
-
-def _meet_other_processes():
-  import jax
-
-  try:
-    jax.distributed.initialize()
-  except Exception as error:
-    raise UserError(
-      f"--distributed finds no cluster ({error}): start it under Slurm or on "
-      "TPUs, or leave it out"
-    ) from None
 
 
 def _config():
@@ -85,7 +78,7 @@ def _config():
   if not path:
     raise UserError("say what to run: --config=configs/selective.py")
   if not pathlib.Path(path).is_file():
-    raise UserError(f"--config={path}: no such file")
+    raise UserError(_in_config(None))
   config = _CONFIG.value
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config() returns no ConfigDict")
@@ -139,6 +132,8 @@ def _unknown_key(reason, argv):
 def _in_config(error):
   """A line that says where in a config file something went wrong."""
   file, line, text = _config_file(sys.argv), None, str(error)
+  if not pathlib.Path(file).is_file():
+    return f"--config={file}: no such file"
   for place in traceback.extract_tb(error.__traceback__):
     if pathlib.Path(place.filename).resolve() == pathlib.Path(file).resolve():
       line = place.lineno
@@ -149,9 +144,27 @@ def _in_config(error):
 
 
 def _fail(line):
-  print(f"error: {line}", file=sys.stderr)
+  print(f"error: {line}", file=sys.stderr, flush=True)
+  if launch.PLACE in os.environ:
+    from unreid_jax.hosts import peers
+
+    peers.end(line)
+    os._exit(2)  # JAX's exit would wait for the others
   sys.exit(2)
 
 
+def _launch():
+  """Becomes the parent of the processes of this machine, if there are any."""
+  try:
+    status = launch.launch(sys.argv)
+  except UserError as error:
+    _fail(error)
+  except flags.Error:
+    return  # `_parse` says it better
+  if status is not None:
+    os._exit(status)
+
+
 if __name__ == "__main__":
+  _launch()
   app.run(main, flags_parser=_parse)

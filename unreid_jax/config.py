@@ -61,12 +61,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     UserError: which key has which value, and what it may be set to.
   """
   values.check(kinds(), config.to_dict())
-  for key in ("batch_size", "evaluate_batch_size"):
-    if config[key] % num_devices:
-      raise UserError(
-        f"{key}={config[key]} is no multiple of {num_devices} devices: change "
-        "it or num_devices"
-      )
+  _check_devices(config, num_devices)
   smaller = min(config.dataset.height, config.dataset.width)
   if config.augment.pad >= smaller:
     raise UserError(
@@ -78,11 +73,6 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise UserError(
       f"batch_size={config.batch_size} is no multiple of "
       f"sampler.num_instances={num_instances}: change either"
-    )
-  if memory.ROW_MULTIPLE % num_devices:
-    raise UserError(
-      f"{num_devices} devices cannot share a bank: set num_devices to a power "
-      f"of two, {memory.ROW_MULTIPLE} at most"
     )
   _check_features(resolve(config, 1))
 
@@ -97,6 +87,31 @@ def check_weights(config: ConfigDict) -> None:
   if config.encoder.pretrained:
     module, (_, variables) = _shapes(config)
     pretrained.load(config.encoder.pretrained, module, variables)
+
+
+def _check_devices(config, num):
+  """Whether so many devices can share the batches and the banks evenly."""
+  shared = {k: config[k] for k in ("batch_size", "evaluate_batch_size")}
+  shared["the rows of a bank"] = memory.ROW_MULTIPLE
+  uneven = {k: size for k, size in shared.items() if size % num}
+  if not uneven:
+    return
+  fits = max(
+    n for n in range(1, num) if not any(x % n for x in shared.values())
+  )
+  name, size = next(iter(uneven.items()))
+  how = f"{name}={size} is" if name in config else f"{name} are"
+  advice = f"set num_devices to {fits}"
+  if name in config:
+    advice += f", or {name} to {max(size // num, 1) * num}"
+  raise UserError(f"{how} no multiple of {num} devices: {advice}")
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+  """Each key's value by its path, but for those that say where files are."""
+  leaves = {path: x for path, _, x in _leaves(kinds(), config.to_dict())}
+  paths = "dataset.root", "dataset.cache_dir", "encoder.pretrained"
+  return {path: x for path, x in leaves.items() if path not in paths}
 
 
 def _check_features(config):

@@ -12,6 +12,7 @@ import threading
 
 STATUS = 75  # the exit status of a run that was told to stop and can go on
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_deferred = threading.Event()  # see `Preemption.defer`
 _PATIENCE = 3.0  # seconds that the main thread may be deaf, while it compiles
 
 
@@ -24,8 +25,19 @@ class Interrupted(BaseException):
 
 def exit_on_signals() -> None:
   """From now on, and outside of a `Preemption`, a signal ends the process."""
-  for number in _ours():
+  for number in ours():
     signal.signal(number, lambda number, frame: _exit())
+
+
+def notice() -> None:
+  """Asks the run to stop, in one of several processes and from any thread.
+
+  What happens is what a signal does; all of them must be told.
+  """
+  if not _deferred.is_set():
+    _exit()
+  # JAX's coordination service hears it, and finds a step for all to stop at.
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Preemption:
@@ -42,13 +54,14 @@ class Preemption:
   def __enter__(self) -> "Preemption":
     import jax  # takes a second
 
-    self._notified = self._deferred = False
+    self._notified = False
+    _deferred.clear()
     self._old = {}
     self._is_alone = jax.process_count() == 1
     if self._is_alone and threading.current_thread() is threading.main_thread():
       self._pipe, written = os.pipe()
       os.set_blocking(written, False)
-      numbers = _ours()
+      numbers = ours()
       self._old = {n: signal.signal(n, self._notice) for n in numbers}
       self._old_wakeup = signal.set_wakeup_fd(written)
       self._written = written
@@ -65,7 +78,7 @@ class Preemption:
 
   def defer(self) -> None:
     """From now on a run has something to save before it stops."""
-    self._deferred = True
+    _deferred.set()
 
   @property
   def noticed(self) -> bool:
@@ -83,16 +96,16 @@ class Preemption:
   def _notice(self, number, frame):
     del number, frame
     is_first, self._notified = not self._notified, True
-    if is_first and not self._deferred:
+    if is_first and not _deferred.is_set():
       raise Interrupted("stopped before a step; nothing is lost")
 
   def _watch(self):
     """Hears the signals themselves, byte by byte, until the pipe is closed."""
     if self._hears():
-      self._notified |= self._deferred
+      self._notified |= _deferred.is_set()
       what = "after this step or evaluation; a second signal: at once"
-      _say(f"stops {what if self._deferred else 'now'}")
-      patience = None if self._deferred else _PATIENCE
+      _say(f"stops {what if _deferred.is_set() else 'now'}")
+      patience = None if _deferred.is_set() else _PATIENCE
       is_ready = select.select([self._pipe], [], [], patience)[0]
       if not is_ready or self._hears():
         _exit()
@@ -106,7 +119,7 @@ class Preemption:
     return bool(heard)
 
 
-def _ours():
+def ours() -> list[signal.Signals]:
   """The signals to heed: not those that nohup or a shell lets us ignore."""
   ignored = (signal.SIG_IGN, None)
   return [n for n in _SIGNALS if signal.getsignal(n) not in ignored]

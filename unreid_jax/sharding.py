@@ -16,14 +16,27 @@ COPY = P()  # parameters: everywhere the same
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-  """One axis, "data", over the first `num_devices` devices, or over all (0)."""
-  devices = jax.devices()
+  """One axis, "data", over `num_devices` devices, or over all (0).
+
+  They are the first ones of each process, an equal number of each.
+  """
+  devices, processes = jax.devices(), jax.process_count()
   if not 0 <= num_devices <= len(devices):
     raise UserError(
       f"num_devices={num_devices}, but JAX sees {len(devices)} "
       f"{devices[0].platform} device(s): change it; 0 takes all"
     )
-  devices = devices[: num_devices or None]
+  if num_devices % processes:
+    raise UserError(
+      f"num_devices={num_devices} is no multiple of {processes} processes: "
+      "change it; 0 takes all devices"
+    )
+  if num_devices:
+    by_process = [[] for _ in range(processes)]
+    for device in devices:
+      by_process[device.process_index].append(device)
+    own = num_devices // processes
+    devices = [device for some in by_process for device in some[:own]]
   shape, auto = (len(devices),), (AxisType.Auto,)
   return jax.make_mesh(shape, (AXIS,), auto, devices=devices)
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import pathlib
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +13,16 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, encode, methods, sharding
-from unreid_jax.config import check, check_same, check_weights, resolve
+from unreid_jax.config import (
+  check,
+  check_same,
+  check_weights,
+  resolve,
+  settings,
+)
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import evaluate, export_features
+from unreid_jax.hosts import peers
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
 from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
@@ -37,21 +45,17 @@ def train(config: ConfigDict, path: str) -> None:
     Interrupted: a signal asked to stop; the same call goes on.
   """
   with contextlib.ExitStack() as stack:
+    peers.agree(facts(config))
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
     preemption = stack.enter_context(Preemption())
     check(config, mesh.size)
     workdir = Workdir(path)
     stack.enter_context(workdir.locked())
-    earlier = workdir.newest("last")
-    if earlier and earlier.name == "0" and not workdir.newest("best"):
-      earlier = None  # nothing has been learnt yet
-    elif earlier:
-      check_version(earlier)
-      check_same(workdir.stored_config(), config)
-      workdir.check_metrics()
-    else:
-      workdir.check_unused()
+    workdir.check_shared()
+    earlier = find_earlier(workdir, config) if peers.is_first() else None
+    earlier = peers.decide(earlier and str(earlier))
+    earlier = earlier and pathlib.Path(earlier)
     if not earlier:
       check_weights(config)
     writer = stack.enter_context(Writer(workdir))
@@ -73,12 +77,16 @@ def train(config: ConfigDict, path: str) -> None:
     )
     parts = make_parts(resolve(config, steps_per_epoch))
     card = parts.card | {"train_images": fingerprint(dataset.train)}
+    splits = zip(data.Dataset._fields, dataset, strict=True)
+    prints = {f"the {k} images": x and fingerprint(x) for k, x in splits}
+    peers.agree(prints)
     if earlier:
       check_same_images(read_card(earlier), card, earlier)
     # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
     checkpoints = stack.enter_context(Checkpoints(workdir))
     weights = "" if earlier else config.encoder.pretrained
     state = first_state(parts, len(images), weights)
+    peers.agree({"the encoder's first weights": checksum(state.params)})
     workdir.write_config(config)
     if earlier:
       state = checkpoints.restore("last", like=state)
@@ -136,7 +144,7 @@ def train(config: ConfigDict, path: str) -> None:
       if step == end or step % due["evaluate"] == 0:
         scores = score_state(state, step)
         if scores:
-          if is_best(scores, writer.history("evaluate")):
+          if peers.decide(is_best(scores, writer.history("evaluate"))):
             checkpoints.save("best", step, card, state)
           writer.write(step, "evaluate", scores)
       stop = stop or preemption.noticed
@@ -145,6 +153,43 @@ def train(config: ConfigDict, path: str) -> None:
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+  """What must be the same in all processes before they do anything."""
+  folder = pathlib.Path(__file__).parent
+  sources = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
+  return settings(config) | {
+    "the code of unreid_jax": functools.reduce(
+      lambda crc, text: zlib.crc32(text, crc), sources, 0
+    ),
+    "the version of jax": jax.__version__,
+    "the number of devices": jax.local_device_count(),
+  }
+
+
+def find_earlier(workdir: Workdir, config: ConfigDict) -> pathlib.Path | None:
+  """The checkpoint that a run with this config goes on from, if there is one.
+
+  Raises:
+    UserError: the folder holds a run that cannot go on with it.
+  """
+  earlier = workdir.newest("last")
+  if not earlier:
+    workdir.check_unused()
+  elif earlier.name == "0" and not workdir.newest("best"):
+    return None  # nothing has been learnt yet
+  else:
+    check_version(earlier)
+    check_same(workdir.stored_config(), config)
+    workdir.check_metrics()
+  return earlier
+
+
+def checksum(tree: Any) -> int:
+  """A number that tells one tree of replicated arrays from another."""
+  arrays = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(tree)))
+  return functools.reduce(lambda crc, x: zlib.crc32(x, crc), arrays, 0)
 
 
 def score(config: ConfigDict, path: str) -> None:
@@ -157,6 +202,7 @@ def score(config: ConfigDict, path: str) -> None:
     UserError: bad input, or there is no checkpoint.
   """
   with contextlib.ExitStack() as stack:
+    peers.agree(facts(config))
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(Preemption())

@@ -9,10 +9,10 @@ import platform
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-import jax
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError
+from unreid_jax.hosts import peers
 from unreid_jax.values import expand
 
 
@@ -43,7 +43,7 @@ class Workdir:
     """
     with named(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() > 0:
+    if not peers.is_first():
       yield
       return
     path = self.path / ".lock"
@@ -62,7 +62,18 @@ class Workdir:
           pass  # a file system without locks
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        os.fsync(file.fileno())  # for other hosts
       yield
+
+  def check_shared(self) -> None:
+    """Refuses a folder that is not the same one on all hosts."""
+    path = self.path / ".lock"
+    read = lambda: path.read_text() if path.exists() else "nobody"
+    if peers.decide(read()) != read():
+      raise UserError(
+        f"{self.path} is not the folder that process 0 has under this name: "
+        "set --workdir to one on a file system that all hosts share"
+      )
 
   def checkpoints(self, which: str) -> pathlib.Path:
     """The folder of the checkpoints of one kind, "last" or "best"."""
@@ -107,7 +118,7 @@ class Workdir:
 
   def write_config(self, config: ConfigDict) -> None:
     """Writes the resolved config, config.json."""
-    if jax.process_index() == 0:
+    if peers.is_first():
       text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
       with whole_file(self._config) as file:
         file.write(f"{text}\n".encode())

@@ -1,0 +1,336 @@
+"""Several processes: where they are, who starts them, how they end together."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_interruptions import wait_for
+from test_run import FORKS, run_command
+
+from unreid_jax import UserError
+from unreid_jax.hosts import place
+from unreid_jax.hosts.launch import PLACE
+from unreid_jax.models.backbones import resnet
+
+ROOT = pathlib.Path(__file__).parent.parent
+ALONE = dict.fromkeys(("coordinator", "num_processes", "process_id"))
+OURS = {
+  "JAX_COORDINATOR_ADDRESS": "a:1",
+  "JAX_NUM_PROCESSES": "4",
+  "JAX_PROCESS_ID": "3",
+}
+STEP = {  # of srun
+  "SLURM_JOB_ID": "4097",
+  "SLURM_STEP_NODELIST": "gpu[007-009,12]",
+  "SLURM_STEP_NUM_TASKS": "7",
+  "SLURM_PROCID": "6",
+  "SLURM_LOCALID": "0",
+  "SLURM_NODEID": "3",
+  "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+}
+
+
+@pytest.mark.parametrize(
+  "way, flags, env, expected",
+  [
+    ("auto", {}, {}, None),
+    ("auto", {}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),  # no srun
+    ("off", {}, OURS | STEP, None),
+    ("auto", {}, OURS, ("a:1", 4, 3, None)),
+    ("manual", {"process_id": 0}, OURS, ("a:1", 4, 0, None)),
+    ("auto", {"num_processes": 1, "process_id": 0}, OURS, None),
+    ("auto", {}, STEP, ("gpu007:61441", 7, 6, None)),
+    # One task has the node, and all of its GPUs.
+    ("slurm", {}, STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (7, 6, None)),
+    # Two tasks share them, unless Slurm has given each its own.
+    (
+      "auto", {},
+      STEP | {
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+      },
+      (7, 3, [2, 3]),
+    ),
+    (
+      "auto", {},
+      STEP | {"CUDA_VISIBLE_DEVICES": "5", "SLURM_NODEID": "1"},
+      (7, 6, None),
+    ),
+    ("auto", {}, STEP | {"SLURM_STEP_NODELIST": "n-1,n-2"}, ("n-1:61441",)),
+    ("auto", {}, {"TPU_WORKER_HOSTNAMES": "t0"}, None),
+    ("auto", {}, {"TPU_WORKER_HOSTNAMES": "t0,t1"}, ("gke_tpu",)),
+    ("gke", {}, {}, ("k8s",)),
+    ("tpu", {}, {}, ("gce_tpu",)),
+  ],
+)  # fmt: skip
+def test_where_a_process_is(way, flags, env, expected):
+  found = place.find(way, ALONE | flags, env)
+  if expected is None:
+    assert found is None
+    return
+  *_, ids = (expected[-1],) if len(expected) > 1 else (None,)
+  assert found.get("local_device_ids") == ids
+  for value in expected[:-1] if len(expected) > 1 else expected:
+    assert value in found.values()
+
+
+@pytest.mark.parametrize(
+  "way, flags, env, line",
+  [
+    ("manual", {}, {}, "--coordinator (or JAX_COORDINATOR_ADDRESS) is missing"),
+    ("auto", {}, OURS | {"JAX_PROCESS_ID": ""}, "--process_id (or JAX_PROCES"),
+    ("auto", {}, OURS | {"JAX_PROCESS_ID": "x"}, "is x: set it to a whole num"),
+    ("auto", {"process_id": 4}, OURS, "--process_id=4, but --num_processes=4"),
+    ("auto", {"coordinator": "a"}, OURS, "--coordinator=a: write HOST:PORT"),
+    ("slurm", {}, {"SLURM_JOB_ID": "1"}, "SLURM_STEP_NODELIST is not set: "),
+  ],
+)
+def test_a_place_that_is_not_known(way, flags, env, line):
+  with pytest.raises(UserError) as error:
+    place.find(way, ALONE | flags, env)
+  assert line in str(error.value)
+
+
+def test_processes_of_one_machine_share_its_gpus():
+  env = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}
+  places = place.local(3, 9, env)
+  assert [x["local_device_ids"] for x in places] == [[0, 1], [2, 3], [4, 5]]
+  assert [x["process_id"] for x in places] == [0, 1, 2]
+  assert "local_device_ids" not in place.local(3, 9, {})[0]
+
+
+@pytest.fixture
+def command(tmp_path):
+  """Runs, under `launch`, a program in which `own` is the process's number."""
+
+  def start(program, *flags):
+    path = tmp_path / "program.py"
+    path.write_text(
+      "import json, os, pathlib, signal, sys, time\n"
+      f"from unreid_jax.hosts.launch import PLACE, launch\n"
+      "status = launch(sys.argv)\n"
+      "if status is not None:\n"
+      "  sys.exit(status)\n"
+      "own = json.loads(os.environ[PLACE])['process_id']\n"
+      f"here = pathlib.Path({str(tmp_path)!r})\n" + textwrap.dedent(program)
+    )
+    return subprocess.Popen(
+      [sys.executable, path, "--launch=2", *flags],
+      cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+  return start
+
+
+def test_what_the_processes_print_and_return(command):
+  out, err = (run := command("print('I am', own)")).communicate(timeout=60)
+  assert run.returncode == 0
+  assert sorted(out.splitlines()) == ["[0] I am 0", "[1] I am 1"]
+  assert not err
+  run = command("print('error: no', file=sys.stderr); sys.exit(2)")
+  _, err = run.communicate(timeout=60)
+  assert run.returncode == 2
+  assert sorted(err.splitlines()) == ["[0] error: no", "[1] error: no"]
+
+
+CRASH = (
+  "E1129 09:14:32.1 10 coordination_service_agent.cc:289] Polled an error\n"
+  "F1129 09:14:32.2 10 client.h:80] Terminating process because the JAX "
+  "distributed service detected fatal errors.\n*** Check failure\n    @ 0x7\n"
+)
+
+
+def test_a_process_that_is_killed(command):
+  """The others are JAX's to end; what it writes then helps nobody."""
+  lose = f"""
+    if own == 1:
+      os.kill(os.getpid(), signal.SIGKILL)
+    sys.stderr.write({CRASH!r})
+    sys.stderr.flush()
+    os.abort()
+  """
+  _, err = (run := command(lose)).communicate(timeout=60)
+  assert run.returncode == 76
+  assert err.splitlines() == [
+    "process 1 was ended by SIGKILL",
+    "the run has ended; the same command goes on",
+  ]
+
+
+def test_a_crash_of_another_kind_is_shown(command):
+  program = (
+    "os.write(2, b'F1129 09:14:32.2 10 client.h:80] Else\\n'); os.abort()"
+  )
+  _, err = command(program).communicate(timeout=60)
+  assert err.count("client.h:80] Else") == 2
+
+
+def test_a_lost_process_is_started_again(command):
+  flaky = """
+    print("starts", flush=True)
+    if not (here / f"was{own}").exists():
+      (here / f"was{own}").touch()
+      sys.exit(76)
+  """
+  out, err = (run := command(flaky, "--restarts=3")).communicate(timeout=60)
+  assert run.returncode == 0
+  assert out.count("starts") == 4
+  assert "starts again (1 of 3)" in err and "(2 of 3)" not in err
+  out, err = (run := command("sys.exit(76)", "--restarts=2")).communicate()
+  assert run.returncode == 76
+  assert "starts again (2 of 2)" in err
+
+
+def test_signals_reach_all_and_a_second_one_ends_them_at_once(command):
+  listen = """
+    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+    print("ready", flush=True)
+    if sys.stdin.readline() == "stop\\n":
+      print("told", flush=True)
+    if "--deaf" in sys.argv:
+      time.sleep(600)
+    sys.exit(75)
+  """
+  for is_deaf in False, True:
+    run = command(listen, *["--deaf"] * is_deaf)
+    ready = [run.stdout.readline() for _ in range(2)]
+    assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
+    run.send_signal(signal.SIGINT)
+    said = [run.stdout.readline()[4:] for _ in range(4)]
+    assert sorted(said) == ["heard\n"] * 2 + ["told\n"] * 2
+    if is_deaf:
+      run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert err == "stopped at once; the same command goes on\n" * is_deaf
+
+
+def test_launch_and_a_place_do_not_go_together(command):
+  run = command("", "--coordinator=a:1", "--num_processes=2", "--process_id=0")
+  _, err = run.communicate(timeout=60)
+  assert "UserError: --launch is for one machine" in err
+
+
+# From here on, real runs.
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("crops")
+  rng = np.random.default_rng(0)
+  for i in range(40):
+    pixels = rng.integers(0, 256, (32, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+  return folder
+
+
+def run_child(arguments, log, own, ear):
+  """The body of a process, alone or as `launch` would have started it."""
+  resnet._DEPTHS[18] = ((1, 1), False)  # two blocks: it compiles soon
+  if own["num_processes"] > 1:
+    os.dup2(ear.fileno(), 0)
+    os.environ[PLACE] = json.dumps(own)
+  run_command(arguments, log)
+
+
+class Together:
+  """Two processes of one run, of a device each, without their parents."""
+
+  def __init__(self, folder, crops, each=((), ()), epochs=3):
+    options = {"root": crops, "cache_dir": folder / "cache"}
+    common = ["--config=configs/cluster_contrast.py:folder,small"]
+    common += [f"--config.dataset.{k}={v}" for k, v in options.items()]
+    common += ["--config.encoder.width=0.125", f"--workdir={folder}/run"]
+    common += [f"--config.epochs={epochs}", "--config.steps_per_epoch=2"]
+    common += ["--config.num_devices=2", "--config.method.instance_epochs=9"]
+    self.logs, self.mouths, self.processes = [], [], []
+    with socket.socket() as listener:
+      listener.bind(("127.0.0.1", 0))
+      port = listener.getsockname()[1]
+    places = place.local(len(each), port, {})
+    for i, (own, where) in enumerate(zip(each, places, strict=True)):
+      ear, mouth = FORKS.Pipe(duplex=False)
+      self.logs.append(folder / f"log{i}")
+      self.logs[i].touch()
+      arguments = [*common, *own], self.logs[i], where, ear
+      self.processes.append(FORKS.Process(target=run_child, args=arguments))
+      self.processes[i].start()
+      self.mouths.append(mouth)
+
+  def say_stop(self, which):
+    os.write(self.mouths[which].fileno(), b"stop\n")
+
+  def ends(self):
+    """The statuses, and what each has printed."""
+    for process in self.processes:
+      process.join(200)
+    statuses = [process.exitcode for process in self.processes]
+    return statuses, [log.read_text().strip() for log in self.logs]
+
+
+@pytest.mark.parametrize(
+  "own, line",
+  [
+    (
+      ["--config.optim.lr=0.5"],
+      "optim.lr is not the same everywhere: 0.001 on process 0, 0.5 on process "
+      "1: start all processes with the same",
+    ),
+    (
+      ["--config.dataset.root=/nowhere"],
+      'process 1: dataset.root="/nowhere" is no folder: set it to a directory',
+    ),
+    (["--config.optim.x=1"], 'process 1: the config has no key "optim.x"'),
+    (
+      ["--workdir={other}"],
+      "process 1: {other} is not the folder that process ",
+    ),
+  ],
+)
+def test_a_difference_ends_all_in_one_line(tmp_path, crops, own, line):
+  other = str(tmp_path / "other")
+  own, line = [x.format(other=other) for x in own], line.format(other=other)
+  statuses, printed = Together(tmp_path, crops, ([], own)).ends()
+  assert statuses == [2, 2], printed
+  for process, text in enumerate(printed):
+    said = text.splitlines()[-1]
+    said = (
+      said if process == 0 else said.replace("error: ", "error: process 1: ")
+    )
+    assert f"error: {line}" in said.replace("process 1: optim.lr", "optim.lr")
+    assert "Traceback" not in text and "***" not in text
+
+
+def test_two_processes_are_stopped_go_on_and_equal_one(tmp_path, crops):
+  """Killed, then told to stop; the numbers are those of one process."""
+  lines = []
+  for name in "one", "two":
+    folder = tmp_path / name
+    folder.mkdir()
+    if name == "two":
+      lost = Together(folder, crops)
+      wait_for(lost.logs[0], "epoch 1/3")
+      lost.processes[1].kill()
+      lost.processes[0].join(100)
+      assert lost.processes[0].exitcode in (76, -signal.SIGABRT)
+      stopped = Together(folder, crops, epochs=1000)
+      wait_for(stopped.logs[0], "epoch 2/1000")
+      stopped.say_stop(1)
+      statuses, printed = stopped.ends()
+      assert statuses == [75, 75], printed
+      ends = {text.splitlines()[-1] for text in printed}
+      assert len(ends) == 1 and "which is saved" in ends.pop()
+    each = ((), ()) if name == "two" else ((),)
+    statuses, printed = Together(folder, crops, each, epochs=40).ends()
+    assert not any(statuses), printed
+    lines.append((folder / "run/metrics.jsonl").read_text())
+  assert lines[0] == lines[1]

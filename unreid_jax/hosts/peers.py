@@ -1,0 +1,166 @@
+"""The processes of a run, from within: they agree, and they end together.
+
+They speak through the key-value store of JAX's coordination service, which
+works also where no collective would: before the meshes are known to be the
+same, and while one of them waits. A process that is alone agrees with itself.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from orbax.checkpoint import multihost
+
+from unreid_jax import UserError, preemption
+from unreid_jax.hosts.launch import LOST, PATIENCE, PLACE
+
+_END = "unreid_jax/end"
+_ERROR, _STOP = f"{_END}/error", f"{_END}/stop"
+_LONG = 7 * 24 * 3600 * 1000  # ms; who waits is ended by its watcher
+_turns = itertools.count()
+_is_ending = threading.Event()
+
+
+class Lost(Exception):
+  """Another process of the run has ended, or cannot be reached any more."""
+
+
+def join() -> None:
+  """Meets the other processes, if `launch` has said that there are any.
+
+  From then on the error of one ends all of them, with its line.
+
+  Raises:
+    Lost: they did not all come.
+  """
+  place = os.environ.get(PLACE)
+  if not place or jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(
+      **json.loads(place),
+      initialization_timeout=5 * PATIENCE,
+      heartbeat_timeout_seconds=PATIENCE,
+      shutdown_timeout_seconds=PATIENCE,
+    )
+  except Exception as error:
+    reason = str(error).partition("\n")[0][:200]
+    raise Lost(f"the other processes cannot be met ({reason})") from None
+  threading.Thread(target=_watch, daemon=True).start()
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which decides and writes for all."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The value, JSON, of every process; all of them must call it."""
+  if jax.process_count() == 1:
+    return [value]
+  client, turn = _client(), f"unreid_jax/{next(_turns)}"
+  client.key_value_set(f"{turn}/{jax.process_index()}", json.dumps(value))
+  keys = (f"{turn}/{i}" for i in range(jax.process_count()))
+  return [json.loads(client.blocking_key_value_get(k, _LONG)) for k in keys]
+
+
+def decide(value: Any) -> Any:
+  """The value, JSON, of process 0; all processes must call it."""
+  return gather(value)[0]
+
+
+def agree(facts: dict[str, Any]) -> None:
+  """Refuses to go on where a fact, JSON, is not the same on all processes.
+
+  Raises:
+    UserError: on all of them, which fact has which value on which processes.
+  """
+  everywhere = gather(facts)
+  for key in sorted(set().union(*everywhere)):
+    where = {}
+    for process, there in enumerate(everywhere):
+      where.setdefault(json.dumps(there.get(key)), []).append(process)
+    if len(where) > 1:
+      each = ", ".join(f"{value} on {_some(on)}" for value, on in where.items())
+      raise UserError(
+        f"{key} is not the same everywhere: {each}: start all processes with "
+        "the same"
+      )
+
+
+def end(line: str) -> None:
+  """Tells the others that this process ends, and why; they end as well."""
+  _is_ending.set()
+  with contextlib.suppress(Lost):
+    join()  # the others wait there
+  if _is_watched():
+    with contextlib.suppress(Exception):  # another one was faster
+      line = f"process {jax.process_index()}: {line}"
+      _client().key_value_set(_ERROR, line)
+    leave()
+
+
+def leave() -> None:
+  """Waits, not for long, for the others to be as far: one serves them all."""
+  _is_ending.set()
+  if _is_watched():
+    with contextlib.suppress(Exception):
+      _client().wait_at_barrier("unreid_jax_leave", 10_000)
+
+
+def explain(error: Exception) -> str | None:
+  """A line, if an error comes of the loss of another process.
+
+  If that one has said why it has ended, this process ends with its line.
+  """
+  if isinstance(error, Lost):
+    return str(error)
+  text = str(error)
+  names = "Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat"
+  if not _is_watched() or not any(name in text for name in names):
+    return None
+  time.sleep(3)  # for the watcher
+  return f"another process is lost ({text.partition(chr(10))[0][:150]})"
+
+
+def _client():
+  return multihost.get_jax_distributed_client()
+
+
+def _is_watched():
+  return PLACE in os.environ and jax.distributed.is_initialized()
+
+
+def _some(processes):
+  names = ", ".join(map(str, processes[:8]))
+  more = f" and {len(processes) - 8} more" if len(processes) > 8 else ""
+  return f"process{'es' if len(processes) > 1 else ''} {names}{more}"
+
+
+def _watch():
+  """Heeds what `launch` and the other processes say, beside the main thread."""
+  client, has_stopped = _client(), False
+  while True:
+    if select.select([0], [], [], 0.5)[0]:
+      if not os.read(0, 1024):
+        os._exit(LOST)  # `launch` has been killed
+      with contextlib.suppress(Exception):
+        client.key_value_set(_STOP, "")
+    try:
+      said = dict(client.key_value_dir_get(_END))
+    except Exception:  # the run ends, in whatever way
+      continue
+    if _ERROR in said and not _is_ending.is_set():
+      print(f"error: {said[_ERROR]}", file=sys.stderr, flush=True)
+      leave()
+      os._exit(2)
+    if _STOP in said and not has_stopped and not _is_ending.is_set():
+      has_stopped = True
+      preemption.notice()
