@@ -192,7 +192,6 @@ def test_a_lost_process_is_started_again(command):
 
 def test_signals_reach_all_and_a_second_one_ends_them_at_once(command):
   listen = """
-    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
     print("ready", flush=True)
     if sys.stdin.readline() == "stop\\n":
       print("told", flush=True)
@@ -205,8 +204,8 @@ def test_signals_reach_all_and_a_second_one_ends_them_at_once(command):
     ready = [run.stdout.readline() for _ in range(2)]
     assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
     run.send_signal(signal.SIGINT)
-    said = [run.stdout.readline()[4:] for _ in range(4)]
-    assert sorted(said) == ["heard\n"] * 2 + ["told\n"] * 2
+    told = [run.stdout.readline() for _ in range(2)]
+    assert sorted(told) == ["[0] told\n", "[1] told\n"]
     if is_deaf:
       run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=60)

@@ -38,6 +38,8 @@ def notice() -> None:
     _exit()
   # JAX's coordination service hears it, and finds a step for all to stop at.
   os.kill(os.getpid(), signal.SIGTERM)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 class Preemption:

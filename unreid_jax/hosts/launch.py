@@ -67,6 +67,7 @@ def launch(argv: list[str]) -> int | None:
     UserError: the flags or the environment are not enough to find the others.
   """
   if PLACE in os.environ:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # see `peers`
     return None
   given = _FLAGS(argv, known_only=True) and _FLAGS.flag_values_dict()
   where = place.find(given["distributed"], given, os.environ)
@@ -156,10 +157,9 @@ class _Family:
       os._exit(preemption.STATUS)
     self.is_stopping = True
     for child in self._children:
-      with contextlib.suppress(OSError):  # it has ended, or does not listen yet
+      with contextlib.suppress(OSError):  # it has ended
         child.stdin.write(b"stop\n")
         child.stdin.flush()
-        child.send_signal(signal.SIGTERM)
 
   def _kill(self):
     for child in self._children:

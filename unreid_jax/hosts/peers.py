@@ -5,11 +5,13 @@ works also where no collective would: before the meshes are known to be the
 same, and while one of them waits. A process that is alone agrees with itself.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -25,7 +27,7 @@ _END = "unreid_jax/end"
 _ERROR, _STOP = f"{_END}/error", f"{_END}/stop"
 _LONG = 7 * 24 * 3600 * 1000  # ms; who waits is ended by its watcher
 _turns = itertools.count()
-_is_ending = threading.Event()
+_has_met, _is_ending = threading.Event(), threading.Event()
 
 
 class Lost(Exception):
@@ -43,6 +45,8 @@ def join() -> None:
   place = os.environ.get(PLACE)
   if not place or jax.distributed.is_initialized():
     return
+  watcher = threading.Thread(target=_watch, daemon=True)
+  watcher.start()
   try:
     jax.distributed.initialize(
       **json.loads(place),
@@ -53,7 +57,9 @@ def join() -> None:
   except Exception as error:
     reason = str(error).partition("\n")[0][:200]
     raise Lost(f"the other processes cannot be met ({reason})") from None
-  threading.Thread(target=_watch, daemon=True).start()
+  _has_met.set()  # a client that is not connected ends the process if asked
+  atexit.register(watcher.join)
+  atexit.register(_is_ending.set)
 
 
 def is_first() -> bool:
@@ -135,7 +141,7 @@ def _client():
 
 
 def _is_watched():
-  return PLACE in os.environ and jax.distributed.is_initialized()
+  return _has_met.is_set()
 
 
 def _some(processes):
@@ -145,22 +151,30 @@ def _some(processes):
 
 
 def _watch():
-  """Heeds what `launch` and the other processes say, beside the main thread."""
-  client, has_stopped = _client(), False
-  while True:
+  """Heeds what `launch` and the other processes say, beside the main thread.
+
+  A SIGTERM stays pending, as `launch` blocks it: thus it can be heeded here,
+  and reaches the handler of JAX, which another one would find gone, just once.
+  """
+  has_stopped = False
+  while not _is_ending.is_set():
+    said, is_told = {}, signal.SIGTERM in signal.sigpending()
     if select.select([0], [], [], 0.5)[0]:
       if not os.read(0, 1024):
         os._exit(LOST)  # `launch` has been killed
-      with contextlib.suppress(Exception):
-        client.key_value_set(_STOP, "")
-    try:
-      said = dict(client.key_value_dir_get(_END))
-    except Exception:  # the run ends, in whatever way
+      is_told = True
+    if not _has_met.is_set():
+      if is_told:
+        preemption.notice()
       continue
-    if _ERROR in said and not _is_ending.is_set():
+    with contextlib.suppress(Exception):  # the run ends, in whatever way
+      if is_told and not has_stopped:
+        _client().key_value_set(_STOP, "", allow_overwrite=True)
+      said = dict(_client().key_value_dir_get(_END))
+    if _ERROR in said and not _is_ending.is_set():  # by now
       print(f"error: {said[_ERROR]}", file=sys.stderr, flush=True)
       leave()
       os._exit(2)
-    if _STOP in said and not has_stopped and not _is_ending.is_set():
+    if _STOP in said and not has_stopped:
       has_stopped = True
       preemption.notice()
