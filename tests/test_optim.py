@@ -7,6 +7,10 @@ import pytest
 from unreid_jax import optim
 
 CONSTANT = {
+  "frozen": (),
+  "layer_decay": 1.0,
+  "cosine": 0,
+  "cosine_end": 0.0,
   "milestones": (),
   "gamma": 0.1,
   "warmup": 0,
