@@ -1,6 +1,6 @@
 """What timm's and transformers' own networks make of small, fixed weights.
 
-`python -m tests.vit_references` writes tests/goldens/vit.npz, with which the
+`python tests/vit_references.py` writes tests/goldens/vit.npz, with which the
 tests compare where PyTorch, timm and transformers are not installed. It was
 made with their versions 2.13.0, 1.0.31 and 5.24.0.
 """

@@ -167,8 +167,8 @@ def _is_frozen(params, names):
   parts = set(map(part, _names(params)))
   if unknown := sorted(set(names) - parts):
     raise UserError(
-      f'optim.frozen has "{unknown[0]}", which is no part of the encoder: there '
-      f"are {', '.join(sorted(parts))}"
+      f'optim.frozen has "{unknown[0]}", which the encoder has not: there are '
+      f"{', '.join(sorted(parts))}"
     )
   is_frozen = lambda name: name.endswith(FROZEN) or part(name) in names
   return tree_map_with_path(lambda path, _: is_frozen(_name(path)), params)

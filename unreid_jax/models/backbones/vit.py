@@ -15,6 +15,7 @@ from unreid_jax import UserError
 from unreid_jax.models.backbones import Tokens
 from unreid_jax.models.backbones.resnet import MEAN, STD
 from unreid_jax.models.conv import KAIMING
+from unreid_jax.models.norm import widen
 
 _HALF = (0.5,) * 3
 _CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
@@ -173,7 +174,11 @@ class Block(nn.Module):
     dense = functools.partial(nn.Dense, dtype=x.dtype, kernel_init=_INIT)
     qkv = dense(3 * dim, name="attn_qkv")(self.norm(name="norm1")(x))
     qkv = qkv.reshape(b, n, 3, self.heads, dim // self.heads)
-    y = jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    # Not jax.nn.dot_product_attention: its softmax is in float32 always.
+    logits = widen(jnp.einsum("bqhc,bkhc->bhqk", q * q.shape[-1] ** -0.5, k))
+    weights = jax.nn.softmax(logits).astype(x.dtype)
+    y = jnp.einsum("bhqk,bkhc->bqhc", weights, v)
     y = dense(dim, name="attn_proj")(y.reshape(b, n, dim))
     x += self._drop(y, train)
     y = dense(4 * dim, name="mlp_fc1")(self.norm(name="norm2")(x))
@@ -185,9 +190,9 @@ class Block(nn.Module):
     """Zeros for some images of a batch: stochastic depth."""
     if not train or not self.drop_path:
       return x
-    keep = 1 - self.drop_path
-    stays = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(x), 1))
-    return x * (stays[..., None] / keep).astype(x.dtype)
+    key, keep = self.make_rng("drop_path"), 1 - self.drop_path
+    stays = jax.random.bernoulli(key, keep, (len(x), 1, 1))
+    return jnp.where(stays, x / keep, 0)
 
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
