@@ -280,6 +280,7 @@ def test_backbones_keep_their_contract(make_encoder, arch):
   maps, variables = jax.eval_shape(
     lambda key: backbone.init_with_output(key, images, True), jax.random.key(0)
   )
+  maps = maps.maps if isinstance(maps, backbones.Tokens) else maps
   assert maps.shape[:3] == (2, 64 // backbone.stride, 32 // backbone.stride)
   assert len(backbone.mean) == len(backbone.std) == 3
   paths = list(traverse_util.flatten_dict(variables["params"]))

@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import default
 from unreid_jax import UserError, sharding
-from unreid_jax.config import check, resolve
+from unreid_jax.config import resolve
 from unreid_jax.models import Encoder, backbones, heads, pretrained
 from unreid_jax.models.backbones import vit
 from unreid_jax.state import first_state, make_parts, shardings
@@ -232,6 +232,18 @@ def test_weights_of_other_transformers_are_refused():
     pretrained.from_torch(clip, encoder, zeros)
 
 
+def test_mistakes_are_explained(make_encoder):
+  for key, value, line in (
+    ("drop_path", 0.1, r"resnet18 has no drop_path: set .*drop_path to 0\.0"),
+    ("remat", True, r"resnet18 has no remat: set encoder\.remat to False"),
+  ):
+    with pytest.raises(UserError, match=line):
+      make_encoder(arch="resnet18", **{key: value})
+  with pytest.raises(UserError, match=r"64x15 pixels .* patch of 16: raise"):
+    encoder = make_encoder(arch="vit_small")
+    jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 64, 15, 3)))
+
+
 # Of timm's networks and of CLIP's, for 224x224 pixels, without classifiers.
 _COUNTS = {"vit_small": 21665664, "deit_base": 85798656}
 _COUNTS["clip_vit_base"] = 86192640
@@ -292,71 +304,125 @@ def test_each_image_skips_branches_of_its_own():
   assert_allclose(numbers, [36, 12, 12, 4], atol=8)
 
 
-def _step(config, num_devices, images, labels):
-  """A compiled step of Cluster Contrast, its first state and its batches."""
-  mesh = sharding.make_mesh(num_devices)
-  with jax.set_mesh(mesh):
-    parts = make_parts(resolve(config, 4))
-    state = first_state(parts, len(images), weights="")
-    features = parts.encoder(state)(images)
-    refresh = jax.jit(parts.method.refresh)
-    method = refresh(state.method, labels, features, jax.random.key(0))
-    state = jax.device_put(state.replace(method=method), shardings(mesh, state))
-    key = jax.device_put(jax.random.key(0), NamedSharding(mesh, sharding.COPY))
-    compiled = compile_step(parts, state, key)
-  arrays = {"images": images, "labels": labels, "camids": labels * 0}
-  arrays["indices"] = np.arange(len(labels), dtype=np.int32)
-
-  def run(num_steps):
-    nonlocal state
-    for i in range(num_steps):
-      rows = np.random.default_rng(i).permutation(len(labels))[:16]
-      batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
-      state, metrics = compiled(state, batch, key)
-      yield jax.device_get((metrics["loss"], state.params))
-
-  return run
+def test_bfloat16_stays_close_and_returns_float32():
+  want = np.load(ref.GOLDENS)["clip/out"]
+  encoder, size = _CLIP(dtype="bfloat16"), (32, 32)
+  images = jnp.asarray(ref.images(*size))
+  with jax.numpy_dtype_promotion("standard"):  # for Flax's layer norm
+    variables = _load(encoder, size)
+    apply = jax.jit(lambda v: encoder.backbone.apply(v, images, False).token)
+    token = apply({"params": variables["params"]["backbone"]})
+    out = jax.eval_shape(encoder.apply, variables, images)
+  assert (token.dtype, out.dtype) == (jnp.bfloat16, jnp.float32)
+  token = token.astype("float32")
+  assert_allclose(token, want, 0, 0.1 * abs(want).max())
+  assert abs(token - want).max() > 1e-4  # computed in bfloat16
 
 
-@pytest.fixture
-def tiny_config(monkeypatch):
+def test_float64_is_exact_on_any_number_of_devices(float64):
+  """With drop path, and whether or not blocks are computed again."""
+
+  def step(params, encoder, variables, images):
+    out, stats = encoder.apply(
+      variables | {"params": params},
+      images,
+      True,
+      mutable=["batch_stats"],
+      rngs={"drop_path": jax.random.key(3)},
+    )
+    return jnp.sin(9 * out).sum(), (out, stats)
+
+  images = jnp.asarray(ref.value("images", (16, *_SIZE, 3)), "float64")
+  results = []
+  for num_devices in 1, 8:
+    remat = num_devices == 8
+    encoder = _CLIP(drop_path=0.3, remat=remat, dtype="float64")
+    variables = jax.tree.map(
+      lambda x: jnp.asarray(ref.value(str(x.shape), x.shape), "float64"),
+      _zeros(encoder),
+    )
+    mesh = sharding.make_mesh(num_devices)
+    rows = jax.device_put(images, NamedSharding(mesh, sharding.ROWS))
+    run = jax.jit(jax.grad(step, has_aux=True), static_argnums=1)
+    traced = run.trace(variables["params"], encoder, variables, rows)
+    assert ("remat" in str(traced.jaxpr)) == remat
+    compiled = traced.lower().compile()
+    out = compiled(variables["params"], variables, rows)
+    results.append(jax.device_get(out))
+  for part in zip(*results, strict=True):
+    one, eight = map(jax.tree.leaves, part)
+    assert {x.dtype for x in one} == {np.dtype("float64")}
+    largest = max(abs(x).max() for x in one)
+    for x, y in zip(one, eight, strict=True):
+      assert_allclose(y, x, 0, 1e-12 * largest)
+
+
+def _recipe(monkeypatch):
+  """The config of a small network with all that the recipes may have."""
   tiny = functools.partial(vit.ViT, 32, 2, 2, patch=8, stride=8)
   monkeypatch.setitem(vit.ARCHS, "tiny", tiny)
   config = default.get_config("cluster_contrast", "synthetic")
   config.update_from_flattened_dict(
     {
+      "num_devices": 1,
       "batch_size": 16,
       "dataset.height": 32,
       "dataset.width": 16,
-      "augment.pad": 2,
+      "augment.flip": False,
+      "augment.pad": 0,
+      "augment.erase_probability": 0.0,
       "encoder.arch": "tiny",
       "encoder.pooling": "token",
       "encoder.drop_path": 0.3,
-      "encoder.dtype": "float64",
       "optim.name": "sgd",
       "optim.lr": 0.02,
       "optim.frozen": ("patch_embed_proj",),
       "optim.layer_decay": 0.9,
+      "optim.cosine": "10 epochs",
     }
   )
   return config
 
 
-def test_a_run_learns_alike_on_any_number_of_devices(tiny_config, float64):
-  """With everything on that the recipes have: drop path, a frozen layer..."""
+def test_training(monkeypatch):
+  """It learns, what is frozen stays, and steps drop paths of their own."""
   labels = np.arange(48, dtype=np.int32) // 6
   rng = np.random.default_rng(0)
   colours = rng.integers(0, 200, (8, 4, 1, 3))[labels].repeat(8, 1)
-  images = colours + rng.integers(0, 50, (48, 32, 16, 3))
-  arguments = images.astype(np.uint8), labels
-  check(tiny_config, 2)
-  one = list(_step(tiny_config, 1, *arguments)(25))
-  two = list(_step(tiny_config, 2, *arguments)(3))
-  for a, b in zip(*map(jax.tree.leaves, (one[:3], two)), strict=True):
-    assert np.linalg.norm(a - b) <= 1e-9 * max(np.linalg.norm(a), 0.1)
-  first, last = (np.mean([loss for loss, _ in one[s:][:5]]) for s in (0, 20))
-  assert last < 0.8 * first
-  params = [params["backbone"] for _, params in one]
-  frozen = "patch_embed_proj"
-  jax.tree.map(assert_array_equal, params[0][frozen], params[-1][frozen])
-  assert (params[0]["pos_embed"] != params[-1]["pos_embed"]).all()
+  images = colours + rng.integers(0, 50, (48, *_SIZE, 3))
+  arrays = {"images": images.astype(np.uint8), "labels": labels}
+  arrays |= {"camids": labels * 0, "indices": np.arange(48, dtype=np.int32)}
+  mesh = sharding.make_mesh(1)
+  copies = NamedSharding(mesh, sharding.COPY)
+  key = jax.device_put(jax.random.key(0), copies)
+  with jax.set_mesh(mesh):
+    parts = make_parts(resolve(_recipe(monkeypatch), 10))
+    first = first_state(parts, 48, weights="")
+    features = parts.encoder(first)(arrays["images"])
+    refresh = jax.jit(parts.method.refresh, static_argnums=3)
+    method = refresh(first.method, labels, features, None)
+    method = jax.device_put(method, shardings(mesh, first.method))
+    compiled = compile_step(parts, first, key)
+
+  def step(state, i):
+    rows = np.random.default_rng(i).permutation(48)[:16]
+    batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
+    state = jax.tree.map(jnp.copy, state)  # the step gives it away
+    state, metrics = compiled(state, batch, key)
+    return state, float(metrics["loss"])
+
+  state, losses = first.replace(method=method), []
+  for i in range(25):
+    before = state
+    state, loss = step(state, i)
+    losses.append(loss)
+  assert np.mean(losses[20:]) < 0.8 * np.mean(losses[:5])
+  pairs = first.params["backbone"], state.params["backbone"]
+  is_same = jax.tree.map(lambda a, b: bool((a == b).all()), *pairs)
+  assert all(jax.tree.leaves(is_same.pop("patch_embed_proj")))
+  assert not any(jax.tree.leaves(is_same))
+  again, loss = step(before, 24)
+  jax.tree.map(assert_array_equal, again, state)
+  # Nothing but the drop path knows which step it is.
+  later = before.replace(step=before.step + 1)
+  assert abs(step(later, 24)[1] - loss) > 1e-3
