@@ -30,10 +30,9 @@ Two recipes have a vision transformer, mAP / R1 of its class token:
   DATASET,vit_s   ViT-S/16, trained on LUPerson; 88.2 / 94.2 and 40.9 / 66.4
                   (TransReID-SSL, Luo et al., 2021)
 
-The former's colours are those of CLIP here, of ImageNet there; both resize
-images bicubically there. Both let the rate rise or fall once an epoch, here it
-does at each step. Weights: CLIP's or LUPerson's, saved as a state dict, as
---config.encoder.pretrained=FILE.
+The former's colours are those of CLIP here, of ImageNet there; its rate grows
+at each step of the warm-up here, once an epoch there. The weights of CLIP or
+LUPerson are a state dict: --config.encoder.pretrained=FILE.
 
 Hardware there: four RTX 2080 Ti, 2 h 44 min for the log; for CLIP one A100, 2 h
 12 min. We have not run these recipes: ours needs their data, and ImageNet
@@ -41,7 +40,6 @@ weights: --config.encoder.pretrained=resnet50.pth.
 """
 
 from configs import default
-
 
 _RECIPES = {
   "clip": {
