@@ -65,7 +65,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "arch": "resnet50",  # or another name in models/backbones
         "width": 1.0,  # of every layer, for small machines
         "head": "neck",  # or "stripes"
-        "pooling": "avg",  # "gem", or "token" of a vision transformer
+        "pooling": "avg",  # "gem"; "token": a transformer's class token
         "bn_group_size": 0,  # images that share statistics; 0: the batch
         "bn_running": "first",  # or "mean": groups behind the running ones
         "embedding_dim": 2048,  # of the head "stripes"

@@ -52,7 +52,7 @@ def make(
     width: what all channels of the backbone are multiplied by.
     head: "neck" as in Cluster Contrast, or "stripes" as in Pang et al.
     pooling: the average, GeM with a learnable power, or the class token of a
-      vision transformer.
+      vision transformer, or OSNet's own feature.
     bn_group_size, bn_running: see `norm.GhostBatchNorm`.
     embedding_dim, stripe_dim, num_stripes: sizes of the head "stripes".
     dtype: the dtype of the backbone's computation.

@@ -29,8 +29,8 @@ class Pool(nn.Module):
     if self.kind == "token":
       if not isinstance(x, Tokens):
         raise UserError(
-          'encoder.pooling is "token", which vision transformers have: set '
-          '"avg" or "gem" for another encoder.arch'
+          'encoder.pooling is "token", which vision transformers and OSNet '
+          'have: set "avg" or "gem" for another encoder.arch'
         )
       return widen(x.token)
     x = widen(_maps(x))

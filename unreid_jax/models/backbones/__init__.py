@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 
 class Tokens(NamedTuple):
-  """What a transformer returns: a feature map, and its class token."""
+  """A feature map, and a class token or another feature of the whole image."""
 
   maps: Float[Array, "b h w c"]
   token: Float[Array, "b c"]

@@ -74,7 +74,8 @@ class ViT(nn.Module):
       use_fast_variance=False,
     )
     x = self._embed(x)
-    (b, h, w, dim), lead = x.shape, () if self.projection else (1,)
+    b, h, w, dim = x.shape
+    lead = () if self.projection else (1,)  # an axis that CLIP's have not
     token = self.param("cls_token", _INIT, (*lead, *lead, dim))
     positions = self.param("pos_embed", _INIT, (*lead, 1 + h * w, dim))
     token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, dim))
