@@ -177,9 +177,10 @@ def test_weights_for_other_images():
   assert got["pos_embed"].shape == (9, ref.DIM)
   with pytest.raises(UserError, match=r"positional_embedding.*\(17, 32\)"):
     pretrained.from_torch(half, encoder, zeros)
-  odd = half | {"visual.positional_embedding": np.zeros((12, ref.DIM), "f")}
-  with pytest.raises(UserError, match=r"positional_embedding.*\(12, 32\)"):
-    pretrained.from_torch(odd, encoder, zeros, _SIZE)
+  for shape in (12, 32), (1, 32), (10, 0), (2, 10, 32), (32,):
+    odd = half | {"visual.positional_embedding": np.zeros(shape, "f")}
+    with pytest.raises(UserError, match=r"its visual.positional_embedding"):
+      pretrained.from_torch(odd, encoder, zeros, _SIZE)
 
 
 def test_spellings_agree():
@@ -217,6 +218,34 @@ def test_spellings_agree():
       var = loaded["batch_stats"]["head"]["bn"]["var"]
       both = [2] * ref.DIM + [3] * (ref.PROJECTION if name == "clip" else 0)
       assert var.tolist() == both
+
+
+def test_clip_of_transformers():
+  """The names of its file, with the text's half and a buffer beside them."""
+  encoder, size, _ = _CASES["clip"]
+  state = {key: ref.value(key, x) for key, x in ref.clip_shapes().items()}
+  zeros = _zeros(encoder, *size)
+  want = pretrained.from_torch(state, encoder, zeros)
+  hub = ref.to_transformers(state)
+  text = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+  hub |= {text: np.ones((4, 4), "f"), "logit_scale": np.float32(1)}
+  hub["vision_model.embeddings.position_ids"] = np.arange(17)[None]
+  got = pretrained.from_torch(hub, encoder, zeros)
+  jax.tree.map(assert_array_equal, got, want)
+  at = "vision_model.encoder.layers.1.self_attn"
+  positions = "vision_model.embeddings.position_embedding.weight"
+  for changes, name in (
+    ({f"{at}.k_proj.bias": np.ones(3, "f")}, "in_proj_bias"),
+    ({f"{at}.v_proj.weight": np.ones((32, 31), "f")}, "in_proj_weight"),
+    ({f"{at}.q_proj.bias": np.float32(1)}, "in_proj_bias"),
+    ({"visual_projection.weight": np.float32(1)}, r"visual\.proj"),
+    ({positions: np.ones((2, 10, 32), "f")}, "positional_embedding"),
+  ):
+    with pytest.raises(UserError, match=name):
+      pretrained.from_torch(hub | changes, encoder, zeros, size)
+  del hub[f"{at}.k_proj.bias"]
+  with pytest.raises(UserError, match=r"blocks\.1\.attn\.in_proj_bias"):
+    pretrained.from_torch(hub, encoder, zeros)
 
 
 def test_weights_of_other_transformers_are_refused():

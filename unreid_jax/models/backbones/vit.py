@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from unreid_jax import UserError
+from unreid_jax.models import clip_names
 from unreid_jax.models.backbones import Tokens
 from unreid_jax.models.backbones.resnet import MEAN, STD
 from unreid_jax.models.conv import KAIMING
@@ -21,21 +22,6 @@ _HALF = (0.5,) * 3
 _CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
 _CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 _INIT = nn.initializers.truncated_normal(0.02)
-# From timm's names to those of CLIP, one after the other.
-_CLIP_NAMES = {
-  r"^patch_embed\.proj": "conv1",
-  r"^cls_token": "class_embedding",
-  r"^pos_embed": "positional_embedding",
-  r"^norm_pre": "ln_pre",
-  r"^norm\.": "ln_post.",
-  r"^blocks": "transformer.resblocks",
-  r"\.norm": ".ln_",
-  r"attn\.qkv\.kernel": "attn.in_proj_weight",
-  r"attn\.qkv\.bias": "attn.in_proj_bias",
-  r"attn\.proj": "attn.out_proj",
-  r"mlp\.fc1": "mlp.c_fc",
-  r"mlp\.fc2": "mlp.c_proj",
-}
 
 
 class ViT(nn.Module):
@@ -123,21 +109,18 @@ class ViT(nn.Module):
 
     TransReID saves "base.blocks.0...", DINO "module.backbone.blocks.0...", and
     PCL-CLIP and CLIP-ReID "image_encoder..." for "visual...". Their neck is
-    "bottleneck".
+    "bottleneck". Of transformers, see `clip_names`.
     """
     key = re.sub(r"^(module\.)?(base\.|backbone\.)?", "", key)
     key = re.sub(r"^image_encoder\.", "visual.", key)
-    return re.sub(r"^bottleneck\.", "feat_bn.", key)
+    key = re.sub(r"^bottleneck\.", "feat_bn.", key)
+    return clip_names.from_transformers(key) if self.projection else key
 
   @nn.nowrap
   def torch_name(self, path: tuple[str, ...]) -> str:
     """From ("blocks_0", "attn_qkv", "kernel") to timm's or CLIP's name."""
     name = re.sub(r"\b(blocks|patch_embed|attn|mlp)_", r"\1.", ".".join(path))
-    if not self.projection:
-      return name
-    for pattern, replacement in _CLIP_NAMES.items():
-      name = re.sub(pattern, replacement, name)
-    return f"visual.{name}"
+    return clip_names.from_timm(name) if self.projection else name
 
   @nn.nowrap
   def torch_state(
@@ -147,17 +130,12 @@ class ViT(nn.Module):
 
     They are resized bilinearly and without antialiasing, as in TransReID,
     TransReID-SSL, CLIP-ReID and PCL-CLIP, whose results are the published ones;
-    timm's are bicubic with antialiasing, DINO's bicubic without. The neck of
-    PCL-CLIP's projected feature joins the other.
+    timm's are bicubic with antialiasing, DINO's bicubic without.
     """
-    state, name = dict(state), self.torch_name(("pos_embed",))
+    state, name = clip_names.join(state), self.torch_name(("pos_embed",))
     if size and name in state:
       grid = [(x - self.patch) // self.stride + 1 for x in size]
       state[name] = _resize(state[name], grid)
-    for key in [key for key in state if key.startswith("bottleneck_proj.")]:
-      first = "feat_bn." + key.removeprefix("bottleneck_proj.")
-      if first in state and state[key].ndim == 1:
-        state[first] = np.concatenate([state[first], state.pop(key)])
     return state
 
 
@@ -211,16 +189,18 @@ def _resize(positions, grid):
   as wide, tell their grid by their number. Others stay as they are.
   """
   *lead, count, dim = positions.shape if positions.ndim > 1 else (0, 0)
-  for ratio in 1, 2:
-    columns = math.isqrt((count - 1) // ratio) if count > 1 else 0
-    if count != 1 + math.prod(grid) and count == 1 + ratio * columns**2:
-      old = positions.reshape(count, dim)
-      old = old.astype(np.promote_types(old.dtype, np.float32))
-      maps = old[1:].reshape(ratio * columns, columns, dim)
-      maps = jax.image.resize(maps, (*grid, dim), "linear", antialias=False)
-      new = np.concatenate([old[:1], np.asarray(maps).reshape(-1, dim)])
-      return new.reshape(*lead, -1, dim)
-  return positions
+  side = lambda ratio: math.isqrt(max(count - 1, 0) // ratio)
+  known = {ratio * side(ratio) ** 2: ratio for ratio in (1, 2)}
+  is_known = count > 1 and count - 1 in known
+  is_known = is_known and 0 < positions.size == count * dim
+  if not is_known or count == 1 + math.prod(grid):
+    return positions
+  old = positions.reshape(count, dim)
+  old = old.astype(np.promote_types(old.dtype, np.float32))
+  maps = old[1:].reshape(-1, side(known[count - 1]), dim)
+  maps = jax.image.resize(maps, (*grid, dim), "linear", antialias=False)
+  new = np.concatenate([old[:1], np.asarray(maps).reshape(-1, dim)])
+  return new.reshape(*lead, -1, dim)
 
 
 _SIZES = {"small": (384, 6), "base": (768, 12)}
