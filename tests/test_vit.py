@@ -42,9 +42,9 @@ def _zeros(encoder, height=32, width=16):
 
 
 def _torch_state(encoder, tree):
-  """The parameters, or their gradients, by their names in PyTorch."""
+  """Variables, or gradients in their place, by their names in PyTorch."""
   state = {}
-  for path, x in traverse_util.flatten_dict({"params": tree}).items():
+  for path, x in traverse_util.flatten_dict(tree).items():
     if path[1] == "backbone":
       axes = (3, 2, 0, 1) if x.ndim == 4 else (1, 0)
       x = np.asarray(x).transpose(axes) if path[-1] == "kernel" else x
@@ -55,7 +55,7 @@ def _torch_state(encoder, tree):
 def _load(encoder, size):
   """Variables with the references' weights, which come by their names."""
   zeros = _zeros(encoder, *size)
-  shapes = _torch_state(encoder, zeros["params"])
+  shapes = _torch_state(encoder, zeros)
   state = {key: ref.value(key, x.shape) for key, x in shapes.items()}
   return pretrained.from_torch(state, encoder, zeros, size)
 
@@ -103,7 +103,7 @@ def _run(encoder, variables, size, pick):
 
   params = variables["params"]["backbone"]
   grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
-  return out, ref.sums(_torch_state(encoder, {"backbone": grads}))
+  return out, ref.sums(_torch_state(encoder, {"params": {"backbone": grads}}))
 
 
 @pytest.mark.parametrize("source", ["golden", "torch"])
@@ -132,7 +132,7 @@ def test_weights_go_out(name):
   got = pick(encoder.backbone.apply(
     {"params": variables["params"]["backbone"]}, images, False
   ))  # fmt: skip
-  state = _torch_state(encoder, variables["params"])
+  state = _torch_state(encoder, variables)
   x = torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy())
   with torch.no_grad():
     if name == "clip":
@@ -145,6 +145,37 @@ def test_weights_go_out(name):
       net.load_state_dict(ref.tensors(state), strict=True)
       want = net.forward_features(x)
   assert_allclose(got, want.numpy(), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("source", ["golden", "torch"])
+def test_the_stem(source):
+  """In training mode, before any block."""
+  want = _want("stem", source)
+  encoder = _encoder(stem=8, depth=0)
+  variables = _load(encoder, _SIZE)
+  params = variables["params"]["backbone"]
+  plain = {"scale": jnp.ones(ref.DIM), "bias": jnp.zeros(ref.DIM)}
+  params |= {"pos_embed": jnp.zeros((1, 9, ref.DIM)), "norm": plain}
+  images = jnp.asarray(ref.images(*_SIZE))
+
+  def loss(params):
+    stats = variables["batch_stats"]["backbone"]
+    out, _ = encoder.backbone.apply(
+      {"params": params, "batch_stats": stats},
+      images,
+      True,
+      mutable=["batch_stats"],
+    )
+    return (out.maps * ref.value("loss", out.maps.shape)).sum(), out.maps
+
+  grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+  assert_allclose(out, want["out"], 1e-4, 1e-5)
+  grads = ref.sums(_torch_state(encoder, {"params": {"backbone": grads}}))
+  names = {key.removeprefix("grad/") for key in want} - {"out"}
+  assert names == {key for key in grads if key.startswith("patch_embed")}
+  for key in names:
+    norm = max(want[f"grad/{key}"][0], 1)
+    assert_allclose(grads[key], want[f"grad/{key}"], 1e-3, 1e-3 * norm)
 
 
 @pytest.mark.parametrize("source", ["golden", "torch"])
@@ -209,7 +240,7 @@ def test_spellings_agree():
     for old, new in spellings:
       state = {
         new + key.removeprefix(old): x
-        for key, x in _torch_state(encoder, variables["params"]).items()
+        for key, x in _torch_state(encoder, variables).items()
       }
       zeros = _zeros(encoder, *size)
       loaded = pretrained.from_torch(state | extra, encoder, zeros)
@@ -251,7 +282,7 @@ def test_clip_of_transformers():
 def test_weights_of_other_transformers_are_refused():
   encoder, size, _ = _CASES["timm"]
   zeros = _zeros(encoder, *size)
-  state = _torch_state(encoder, zeros["params"])
+  state = _torch_state(encoder, zeros)
   block = np.zeros(ref.DIM, "f")
   for key in "blocks.2.norm1.bias", "patch_embed.conv.0.weight":
     with pytest.raises(UserError, match=f"{key}, which the encoder has not"):

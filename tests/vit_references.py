@@ -20,6 +20,8 @@ def value(key, shape):
   """The weights, or whatever is called so; norms are not at their start."""
   seed = zlib.crc32(key.encode())
   x = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+  if key.endswith("running_var"):
+    return abs(x)
   return 1 + 0.3 * x if re.search(r"(norm|ln_)\w*\.weight", key) else 0.3 * x
 
 
@@ -171,6 +173,38 @@ def run_clip():
   return _result(out, net, from_transformers)
 
 
+def run_stem():
+  """TransReID-SSL's stem in training mode, written anew, and a layer norm."""
+  import torch
+  from torch import nn
+
+  class Half(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.IN, self.BN = nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+      return torch.cat([self.IN(x[:, :4]), self.BN(x[:, 4:])], 1)
+
+  conv = lambda inputs, size, stride: nn.Conv2d(
+    inputs, 8, size, stride, size // 2, bias=False
+  )
+  layers = [conv(3, 7, 2), Half(), nn.ReLU(), conv(8, 3, 1), Half(), nn.ReLU()]
+  layers += [conv(8, 3, 1), nn.BatchNorm2d(8), nn.ReLU()]
+  half = PATCH // 2
+  parts = {
+    "conv": nn.Sequential(*layers),
+    "proj": nn.Conv2d(8, DIM, half, half),
+  }
+  net = nn.ModuleDict({"patch_embed": nn.ModuleDict(parts)})
+  names = {k: p.shape for k, p in net.named_parameters()}
+  state = {key: value(key, tuple(shape)) for key, shape in names.items()}
+  net.load_state_dict(tensors(state), strict=False)
+  x = _channels_first(images(32, 16))
+  out = parts["proj"](parts["conv"](x)).permute(0, 2, 3, 1)
+  return _result(nn.functional.layer_norm(out, (DIM,), eps=1e-6), net)
+
+
 def run_resize():
   """Position embeddings of one grid for another, as the re-ID code bases."""
   from torch.nn.functional import interpolate
@@ -189,6 +223,7 @@ RUNS = {
   "timm": lambda: run_timm(PATCH),
   "overlap": lambda: run_timm(PATCH // 2),
   "clip": run_clip,
+  "stem": run_stem,
   "resize": run_resize,
 }
 

@@ -15,8 +15,8 @@ from unreid_jax import UserError
 from unreid_jax.models import clip_names
 from unreid_jax.models.backbones import Tokens
 from unreid_jax.models.backbones.resnet import MEAN, STD
-from unreid_jax.models.conv import KAIMING
-from unreid_jax.models.norm import widen
+from unreid_jax.models.conv import KAIMING, Conv
+from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm, widen
 
 _HALF = (0.5,) * 3
 _CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
@@ -35,6 +35,9 @@ class ViT(nn.Module):
   feature before the projection and the one after it are one vector here, of 768
   + 512 channels: batch norm treats each channel alone, so that one neck does
   what their two necks do.
+
+  With a `stem`, three convolutions come before the patches: the "ICS" of
+  TransReID-SSL (Luo et al., 2021).
   """
 
   dim: int = 384
@@ -45,10 +48,11 @@ class ViT(nn.Module):
   stride: int = 16  # below `patch`, patches overlap, as in TransReID
   patch: int = 16
   projection: int = 0  # channels after CLIP's projection; 0: not CLIP's
+  stem: int = 0  # channels of convolutions before; 0: there are none
   drop_path: float = 0.0  # the probability that an image skips the last block
   remat: bool = False  # compute blocks again for the gradient: less memory
   width: float = 1.0  # times the channels of each of the heads
-  norm: Callable[..., nn.Module] | None = None  # it has no batch norm
+  norm: Callable[..., nn.Module] = GhostBatchNorm  # in the stem
   dtype: str = "float32"  # of the computation; parameters keep theirs
 
   @nn.compact
@@ -59,7 +63,7 @@ class ViT(nn.Module):
       dtype=jnp.dtype(self.dtype),
       use_fast_variance=False,
     )
-    x = self._embed(x)
+    x = self._embed(x.astype(jnp.dtype(self.dtype)), train)
     b, h, w, dim = x.shape
     lead = () if self.projection else (1,)  # an axis that CLIP's have not
     token = self.param("cls_token", _INIT, (*lead, *lead, dim))
@@ -84,21 +88,28 @@ class ViT(nn.Module):
     return Tokens(x[:, 1:].reshape(b, h, w, -1), x[:, 0])
 
   @nn.nowrap
-  def _embed(self, x):
+  def _embed(self, x, train):
     """A vector for each patch."""
     if min(x.shape[1:3]) < self.patch:
       raise UserError(
         f"images of {x.shape[1]}x{x.shape[2]} pixels are smaller than a patch "
         f"of {self.patch}: raise dataset.height and dataset.width"
       )
+    shrink = 2 if self.stem else 1
+    for i, size in ((0, 7), (3, 3), (6, 3)) if self.stem else ():
+      name = f"patch_embed_conv_{i}"
+      x = Conv(self.stem, size, 1 if i else 2, name=name)(x)
+      half = functools.partial(InstanceBatchNorm, self.norm)
+      norm = self.norm if i == 6 else half
+      x = nn.relu(norm(name=f"patch_embed_conv_{i + 1}")(x, train))
     channels = 8 * max(1, round(self.width * self.dim / self.heads / 8))
     return nn.Conv(
       self.heads * channels,
-      (self.patch, self.patch),
-      self.stride,
+      (self.patch // shrink,) * 2,
+      self.stride // shrink,
       "VALID",
       use_bias=not self.projection,
-      dtype=jnp.dtype(self.dtype),
+      dtype=x.dtype,
       kernel_init=KAIMING,
       name="patch_embed_proj",
     )(x)
@@ -119,7 +130,8 @@ class ViT(nn.Module):
   @nn.nowrap
   def torch_name(self, path: tuple[str, ...]) -> str:
     """From ("blocks_0", "attn_qkv", "kernel") to timm's or CLIP's name."""
-    name = re.sub(r"\b(blocks|patch_embed|attn|mlp)_", r"\1.", ".".join(path))
+    name = re.sub(r"_(\d)", r".\1", ".".join(path))
+    name = re.sub(r"\b(patch_embed|attn|mlp)_", r"\1.", name)
     return clip_names.from_timm(name) if self.projection else name
 
   @nn.nowrap
@@ -215,4 +227,7 @@ ARCHS = {
 ARCHS |= {
   f"{name}_stride12": functools.partial(make, stride=12)
   for name, make in ARCHS.items()
+} | {
+  f"vit_{size}_ics": functools.partial(ViT, *shape, stem=64)
+  for size, shape in _SIZES.items()
 }
