@@ -106,8 +106,8 @@ def test_the_cosine(source, cosine, warmup):
   """The rates of each epoch of timm's scheduler, as TransReID calls it."""
   lr, end, factor = 0.008, 0.002, 0.01
   if source == "timm":
-    pytest.importorskip("torch", reason="compares with torch: pip install")
-    reason = "compares with timm: pip install"
+    pytest.importorskip("torch", reason="torch is not here to compare with")
+    reason = "timm is not here to compare with"
     scheduler = pytest.importorskip("timm.scheduler", reason=reason)
     torch = pytest.importorskip("torch")
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)

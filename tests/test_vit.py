@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import default
-from unreid_jax import UserError, sharding
+from unreid_jax import UserError, models, sharding
 from unreid_jax.config import resolve
 from unreid_jax.models import Encoder, backbones, heads, pretrained
 from unreid_jax.models.backbones import vit
@@ -89,7 +89,9 @@ def _want(name, source):
       if key.startswith(prefix)
     }
   for package in "torch", {"clip": "transformers"}.get(name, "timm"):
-    pytest.importorskip(package, reason=f"compares with {package}: pip install")
+    pytest.importorskip(
+      package, reason=f"{package} is not here to compare with"
+    )
   return ref.RUNS[name]()
 
 
@@ -182,7 +184,7 @@ def test_the_stem(source):
 def test_positions_are_resized_as_in_torch(source):
   """Bilinearly, between grids of any shape; those that fit stay as they are."""
   if source == "torch":
-    pytest.importorskip("torch", reason="compares with torch: pip install")
+    pytest.importorskip("torch", reason="torch is not here to compare with")
   want = _want("resize", source) if source == "golden" else ref.run_resize()
   for old, new in ref.GRIDS.items():
     grid = ref.value("positions", (1, *old, 5)).reshape(1, -1, 5)
@@ -290,6 +292,13 @@ def test_weights_of_other_transformers_are_refused():
   clip = {key: ref.value(key, x) for key, x in ref.clip_shapes().items()}
   with pytest.raises(UserError, match=r"it has no weight .*, its first is vis"):
     pretrained.from_torch(clip, encoder, zeros)
+
+
+def test_cards_of_earlier_versions_have_no_such_options():
+  options = default.get_config("spcl", "synthetic").encoder.to_dict()
+  for name in "pretrained", "drop_path", "remat":
+    del options[name]
+  models.make(**options)
 
 
 def test_mistakes_are_explained(make_encoder):
@@ -470,6 +479,9 @@ def test_training(monkeypatch):
     state = jax.tree.map(jnp.copy, state)  # the step gives it away
     state, metrics = compiled(state, batch, key)
     return state, float(metrics["loss"])
+
+  # The pass in training mode drops paths, too.
+  jax.eval_shape(parts.adapt, first.variables, arrays["images"], key)
 
   state, losses = first.replace(method=method), []
   for i in range(25):

@@ -99,9 +99,9 @@ def from_torch(
   Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
   ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
   state dict does not have; what is neither backbone nor head is ignored, such
-  as a classifier. The arrays have PyTorch's order of axes. Where
-  the encoder's images have a `size`, height and width, a vision transformer's
-  position embeddings are resized for it.
+  as a classifier. The arrays have PyTorch's order of axes. `size` is the height
+  and the width of the encoder's images, for which a vision transformer's
+  position embeddings are resized; without it they must fit.
 
   Raises:
     UserError: a weight of the backbone is missing or is one too many, a shape
