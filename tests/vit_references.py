@@ -220,7 +220,6 @@ def run_resize():
 
 
 RUNS = {
-  "timm": lambda: run_timm(PATCH),
   "overlap": lambda: run_timm(PATCH // 2),
   "clip": run_clip,
   "stem": run_stem,
