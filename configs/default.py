@@ -65,13 +65,15 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "arch": "resnet50",  # or another name in models/backbones
         "width": 1.0,  # of every layer, for small machines
         "head": "neck",  # or "stripes"
-        "pooling": "avg",  # or "gem"
+        "pooling": "avg",  # "gem"; "token": a transformer's class token
         "bn_group_size": 0,  # images that share statistics; 0: the batch
         "bn_running": "first",  # or "mean": groups behind the running ones
         "embedding_dim": 2048,  # of the head "stripes"
         "stripe_dim": 256,
         "num_stripes": 8,
         "dtype": "float32",  # of the computation; "bfloat16"; or "float64"
+        "drop_path": 0.0,  # of vision transformers: blocks that images skip
+        "remat": False,  # of vision transformers: less memory, more time
         "pretrained": "",  # .safetensors or .pth; or "efficientnet_lite0"
       },
       "optim": {
@@ -80,6 +82,10 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "weight_decay": 5e-4,
         "momentum": 0.9,  # of sgd
         "nesterov": False,  # of sgd
+        "frozen": (),  # layers that stay as they are, such as "conv1"
+        "layer_decay": 1.0,  # of the rate, by layers of vision transformers
+        "cosine": "0 steps",  # when a cosine instead of milestones ends
+        "cosine_end": 0.0,  # times the learning rate, from then on
         "milestones": ("20 epochs", "40 epochs"),
         "gamma": 0.1,  # times the learning rate at each milestone
         "warmup": "0 steps",

@@ -37,6 +37,19 @@ def test_every_config(name, dataset):
   assert command in module.__doc__
 
 
+@pytest.mark.parametrize("recipe, eps", [("clip", 0.4), ("vit_s", 0.6)])
+def test_recipes_with_a_vision_transformer(recipe, eps):
+  made = load("cluster_contrast", f"market1501,{recipe}")
+  config.check(made, 1)
+  other = load("cluster_contrast", f"msmt17,{recipe}")
+  values.check(config.kinds(), other.to_dict())
+  assert (made.method.eps, other.method.eps) == (eps, 0.7)
+  with pytest.raises(UserError, match='no config "market1501,'):
+    load("cluster_contrast", f"market1501,{recipe}x")
+  with pytest.raises(UserError, match=r'dataset.name is "market1501,small"'):
+    config.check(load("cluster_contrast", f"market1501,small,{recipe}"), 1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_has_a_range_and_every_key_a_type(name):
   """No key takes nan or infinity, and none takes a value of another type."""
@@ -94,6 +107,7 @@ def change(made, path, value):
     ("spcl", "optim.lr", 0.0, "0.0: set it to a number above 0"),
     ("spcl", "optim.name", "adamw", '"adamw": set it to "adam" or "sgd"'),
     ("spcl", "optim.milestones", ("x",), "('x',): set it to a duration: "),
+    ("spcl", "optim.frozen", "x", '"x": set it to a tuple, each of it a text'),
     ("spcl", "evaluate_every", "never", '"never": set it to a duration: "10'),
     ("spcl", "sampler.num_instances", -4, "-4: set it to a whole number of 0"),
     (

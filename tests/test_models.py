@@ -271,6 +271,8 @@ def test_bfloat16_stays_close_and_returns_float32(two_blocks, make_encoder):
 # torchvision's, with its classifiers of 1,000 classes.
 _COUNTS = {18: 11689512, 34: 21797672, 50: 25557032}
 _COUNTS |= {101: 44549160, 152: 60192808}
+# torchreid's, without classifiers.
+_OSNET = {"osnet_x1_0": 2169508, "osnet_x0_25": 201864}
 
 
 @pytest.mark.parametrize("arch", backbones.archs())
@@ -280,14 +282,17 @@ def test_backbones_keep_their_contract(make_encoder, arch):
   maps, variables = jax.eval_shape(
     lambda key: backbone.init_with_output(key, images, True), jax.random.key(0)
   )
+  maps = maps.maps if isinstance(maps, backbones.Tokens) else maps
   assert maps.shape[:3] == (2, 64 // backbone.stride, 32 // backbone.stride)
   assert len(backbone.mean) == len(backbone.std) == 3
   paths = list(traverse_util.flatten_dict(variables["params"]))
   names = [backbone.torch_name(path) for path in paths]
   assert len(set(names)) == len(names)
   assert [backbone.torch_key(name) for name in names] == names
+  sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+  if arch in _OSNET:
+    assert sum(sizes) == _OSNET[arch]
   if arch.startswith("resnet"):
-    sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
     count = _COUNTS[int(arch[6:].removesuffix("_ibn_a"))]
     assert sum(sizes) == count - 1000 * (maps.shape[3] + 1)
 

@@ -1,12 +1,18 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from unreid_jax import optim
+from unreid_jax import UserError, optim
 
 CONSTANT = {
+  "frozen": (),
+  "layer_decay": 1.0,
+  "cosine": 0,
+  "cosine_end": 0.0,
   "milestones": (),
   "gamma": 0.1,
   "warmup": 0,
@@ -92,3 +98,81 @@ def test_only_the_bias_of_the_neck_is_frozen(make_encoder, name):
   same = jax.tree.map(lambda a, b: bool((a == b[0]).any()), params, new)
   assert same["head"]["bn"].pop("bias")
   assert not any(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("source", ["formula", "timm"])
+@pytest.mark.parametrize("cosine, warmup", [(40, 0), (40, 5), (3, 8)])
+def test_the_cosine(source, cosine, warmup):
+  """The rates of each epoch of timm's scheduler, as TransReID calls it."""
+  lr, end, factor = 0.008, 0.002, 0.01
+  if source == "timm":
+    pytest.importorskip("torch", reason="torch is not here to compare with")
+    reason = "timm is not here to compare with"
+    scheduler = pytest.importorskip("timm.scheduler", reason=reason)
+    torch = pytest.importorskip("torch")
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+    timm = scheduler.CosineLRScheduler(
+      sgd, cosine, lr_min=end * lr, warmup_t=warmup, warmup_lr_init=factor * lr
+    )
+    rate = lambda t: timm._get_lr(t)[0]
+  else:
+
+    def rate(t):
+      if t < warmup:
+        return lr * (factor + (1 - factor) * t / warmup)
+      share = min(t / cosine, 1)
+      return lr * (end + (1 - end) * (1 + math.cos(math.pi * share)) / 2)
+
+  want = [rate(t) for t in range(50)]
+  got = optim.cosine_decay(lr, cosine, end, warmup, factor, "linear")
+  np.testing.assert_allclose(jax.vmap(got)(jnp.arange(50)), want, 1e-6)
+  optimizer = make(
+    "sgd", lr, 0.0, 0.0, cosine=cosine, cosine_end=end, warmup=warmup
+  )
+  path = run(optimizer, jnp.array(0.0), -jnp.ones(50))
+  np.testing.assert_allclose(path, np.cumsum(want), 1e-5)
+
+
+def transformer(depth):
+  """Ones, named as the parameters of a vision transformer and a neck."""
+  names = ("cls_token", "pos_embed", "patch_embed_proj", "norm_pre", "norm")
+  names += ("proj", *(f"blocks_{i}" for i in range(depth)))
+  backbone = {name: {"kernel": jnp.ones(2)} for name in names}
+  return {"backbone": backbone, "head": {"bn": {"scale": jnp.ones(2)}}}
+
+
+def test_the_learning_rate_decays_by_layers():
+  """Of 11 blocks, so that the tenth is not taken for the second."""
+  params = transformer(11)
+  optimizer = make("sgd", 1.0, 0.0, 0.0, layer_decay=0.5)
+  grads = jax.tree.map(lambda x: jnp.ones((1, *x.shape)), params)
+  new = run(optimizer, params, grads)
+  steps = jax.tree.map(lambda a, b: float((a - b[0])[0]), params, new)
+  flat = {k: x["kernel"] for k, x in steps["backbone"].items()}
+  want = {f"blocks_{i}": 0.5 ** (11 - i) for i in range(11)}
+  want |= {"norm": 1, "proj": 1}
+  first = "cls_token", "pos_embed", "patch_embed_proj", "norm_pre"
+  assert flat == want | dict.fromkeys(first, 0.5**12)
+  assert steps["head"]["bn"]["scale"] == 1
+
+
+def test_frozen_layers():
+  params = transformer(2)
+  frozen = ("patch_embed_proj", "blocks_1")
+  optimizer = make("adam", 0.1, 0.5, frozen=frozen)
+  grads = jax.tree.map(lambda x: jnp.ones((2, *x.shape)), params)
+  new = run(optimizer, params, grads)
+  moved = jax.tree.map(lambda a, b: bool((a != b[1]).all()), params, new)
+  still = [k for k, x in moved["backbone"].items() if not x["kernel"]]
+  assert sorted(still) == sorted(frozen)
+  assert moved["head"]["bn"]["scale"]
+
+
+def test_layers_that_the_encoder_has_not():
+  params = {"backbone": {"conv1": jnp.ones(1), "blocks_0_1": jnp.ones(1)}}
+  optimizer = make("sgd", 0.1, 0.0, frozen=("conv1", "conv2"))
+  with pytest.raises(UserError, match=r'"conv2", .*are blocks_0_1, conv1'):
+    optimizer.init(params)
+  optimizer = make("sgd", 0.1, 0.0, layer_decay=0.8)
+  with pytest.raises(UserError, match=r"layer_decay is for vision transf"):
+    optimizer.update(params, optimizer.init(params), params)

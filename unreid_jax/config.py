@@ -86,7 +86,8 @@ def check_weights(config: ConfigDict) -> None:
   """Refuses `encoder.pretrained`, if it is set, where it does not fit."""
   if config.encoder.pretrained:
     module, (_, variables) = _shapes(config)
-    pretrained.load(config.encoder.pretrained, module, variables)
+    size = config.dataset.height, config.dataset.width
+    pretrained.load(config.encoder.pretrained, module, variables, size)
 
 
 def _check_devices(config, num):
@@ -121,8 +122,12 @@ def _check_features(config):
   module, (features, variables) = _shapes(config)
   jax.eval_shape(lambda key: method.init(key, features), jax.random.key(0))
   options = {"train": True, "mutable": ["batch_stats"]}
+  options["rngs"] = {"drop_path": jax.random.key(0)}
   as_trained = functools.partial(module.apply, **options)
   jax.eval_shape(as_trained, variables, _images(config))
+  optimizer = optim.make(**config.optim)
+  step = lambda params: optimizer.update(params, optimizer.init(params), params)
+  jax.eval_shape(step, variables["params"])
 
 
 def _shapes(config):

@@ -81,7 +81,11 @@ def make_parts(config: ConfigDict) -> Parts:
 
   def adapt(variables, images, key):
     features, updated = module.apply(
-      variables, transform(key, images), train=True, mutable=["batch_stats"]
+      variables,
+      transform(key, images),
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"drop_path": key},  # Flax mixes in the place of each use
     )
     return variables | updated, features
 
@@ -116,7 +120,7 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   init_module = jax.jit(module.init, compiler_options=options)
   variables = init_module(key, jnp.zeros((1, *shape), jnp.float32))
   if weights:
-    variables = pretrained.load(weights, module, variables)
+    variables = pretrained.load(weights, module, variables, shape[:2])
   if config.encoder.dtype == "float64":
     variables = jax.tree.map(lambda x: x.astype(float), variables)
   images = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)

@@ -31,7 +31,11 @@ def make_train_step(parts: Parts) -> Callable:
     def encode(params):
       variables = {"params": params, "batch_stats": state.batch_stats}
       return parts.module.apply(
-        variables, images, train=True, mutable=["batch_stats"]
+        variables,
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"drop_path": step_key},  # Flax mixes in the place of each use
       )
 
     features, pull_back, updated = jax.vjp(encode, state.params, has_aux=True)

@@ -189,8 +189,9 @@ def _objection(kind, value, in_steps=False) -> str | None:
     return None if known else " or ".join(map(_show, names))
   if typing.get_origin(plain) is tuple:
     item = typing.get_args(plain)[0]
-    some = value if isinstance(value, tuple | list) else [None]
-    each = (_objection(item, x, in_steps) for x in some)
+    if not isinstance(value, tuple | list):
+      return f"a tuple, each of it {_objection(item, None, in_steps)}"
+    each = (_objection(item, x, in_steps) for x in value)
     return next(filter(None, each), None)
   if has(kind, DURATION):
     is_text = isinstance(value, str) and not in_steps

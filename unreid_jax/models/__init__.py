@@ -1,6 +1,7 @@
 """Encoders: images to unit features."""
 
 import functools
+import inspect
 from typing import Annotated, Literal
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from unreid_jax import UserError, values
 from unreid_jax.models import backbones
 from unreid_jax.models.heads import Neck, Stripes
 from unreid_jax.models.norm import GhostBatchNorm
-from unreid_jax.values import Count, CountOrZero, Positive
+from unreid_jax.values import BelowOne, Count, CountOrZero, Positive
 
 
 class Encoder(nn.Module):
@@ -30,13 +31,15 @@ def make(
   arch: Annotated[str, values.OneOf(backbones.archs)],
   width: Positive,
   head: Literal["neck", "stripes"],
-  pooling: Literal["avg", "gem"],
+  pooling: Literal["avg", "gem", "token"],
   bn_group_size: CountOrZero,
   bn_running: Literal["first", "mean"],
   embedding_dim: Count,
   stripe_dim: Count,
   num_stripes: Count,
   dtype: Literal["float32", "bfloat16", "float64"],
+  drop_path: BelowOne = 0.0,  # the cards of earlier versions have neither
+  remat: bool = False,
 ) -> Encoder:
   """Builds an encoder; the defaults for runs stand in configs/default.py.
 
@@ -48,19 +51,31 @@ def make(
     arch: the name of a backbone, such as "resnet50" or "resnet50_ibn_a".
     width: what all channels of the backbone are multiplied by.
     head: "neck" as in Cluster Contrast, or "stripes" as in Pang et al.
-    pooling: the average, or GeM with a learnable power.
+    pooling: the average, GeM with a learnable power, or the class token of a
+      vision transformer, or OSNet's own feature.
     bn_group_size, bn_running: see `norm.GhostBatchNorm`.
     embedding_dim, stripe_dim, num_stripes: sizes of the head "stripes".
     dtype: the dtype of the backbone's computation.
+    drop_path: the probability that an image skips the last block of a vision
+      transformer in training; it grows from 0 in the first block.
+    remat: whether its blocks are computed once more for the gradient, instead
+      of kept.
 
   Raises:
-    UserError: an unknown arch, or "float64" while JAX has 32 bits only.
+    UserError: an unknown arch, one without such blocks, or "float64" while JAX
+      has 32 bits only.
   """
   values.check(values.fields(make), {"arch": arch})
   if dtype == "float64" and not jax.config.jax_enable_x64:
     raise UserError('encoder.dtype is "float64": set JAX_ENABLE_X64=1 for it')
   norm = functools.partial(GhostBatchNorm, bn_group_size, bn_running)
-  backbone = backbones.archs()[arch](width=width, norm=norm, dtype=dtype)
+  build = backbones.archs()[arch]
+  options = {"drop_path": drop_path, "remat": remat}
+  options = {key: value for key, value in options.items() if value}
+  for key in options.keys() - inspect.signature(build).parameters:
+    off = type(options[key])()
+    raise UserError(f"{arch} has no {key}: set encoder.{key} to {off}")
+  backbone = build(width=width, norm=norm, dtype=dtype, **options)
   if head == "neck":
     return Encoder(backbone, Neck(pooling, norm))
   dims = embedding_dim, stripe_dim, num_stripes

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from unreid_jax import UserError
 from unreid_jax.memory import normalize
+from unreid_jax.models.backbones import Tokens
 from unreid_jax.models.conv import KAIMING
 from unreid_jax.models.norm import GhostBatchNorm, widen
 
@@ -16,7 +17,7 @@ Maps = Float[Array, "b h w c"]
 
 
 class Pool(nn.Module):
-  """Average pooling, or GeM (Radenovic et al., TPAMI 2018).
+  """Average pooling, GeM (Radenovic et al., TPAMI 2018), or the class token.
 
   GeM is the generalised mean with a learnable power for all channels.
   """
@@ -24,12 +25,23 @@ class Pool(nn.Module):
   kind: str = "avg"
 
   @nn.compact
-  def __call__(self, x: Maps) -> Float[Array, "b c"]:
-    x = widen(x)
+  def __call__(self, x: Maps | Tokens) -> Float[Array, "b c"]:
+    if self.kind == "token":
+      if not isinstance(x, Tokens):
+        raise UserError(
+          'encoder.pooling is "token", which vision transformers and OSNet '
+          'have: set "avg" or "gem" for another encoder.arch'
+        )
+      return widen(x.token)
+    x = widen(_maps(x))
     if self.kind == "avg":
       return x.mean((1, 2))
     p = self.param("p", nn.initializers.constant(3.0), (1,))
     return gem(x, p.astype(x.dtype))
+
+
+def _maps(x):
+  return x.maps if isinstance(x, Tokens) else x
 
 
 def gem(x: Maps, p: Float[Array, " 1"]) -> Float[Array, "b c"]:
@@ -51,7 +63,7 @@ class Neck(nn.Module):
   norm: Callable[..., nn.Module] = GhostBatchNorm
 
   @nn.compact
-  def __call__(self, x: Maps, train: bool) -> Float[Array, "b d"]:
+  def __call__(self, x: Maps | Tokens, train: bool) -> Float[Array, "b d"]:
     x = Pool(self.pooling, name="pool")(x)
     return normalize(self.norm(train_bias=False, name="bn")(x, train))
 
@@ -74,8 +86,10 @@ class Stripes(nn.Module):
   num_stripes: int = 8
 
   @nn.compact
-  def __call__(self, x: Maps, train: bool) -> dict[str, Float[Array, "b ..."]]:
-    whole = Pool(self.pooling, name="pool")(x)
+  def __call__(
+    self, x: Maps | Tokens, train: bool
+  ) -> dict[str, Float[Array, "b ..."]]:
+    whole, x = Pool(self.pooling, name="pool")(x), _maps(x)
     options = {"dtype": whole.dtype, "kernel_init": KAIMING}
     dense = nn.Dense(self.embedding_dim, **options, name="embedding")
     whole = self.norm(name="embedding_bn")(dense(whole), train)

@@ -40,7 +40,12 @@ _TENSORFLOW = r".*\.(index|meta|pb|tflite|data-\d+-of-\d+)"
 _log = logging.getLogger(__name__)
 
 
-def load(path: str | pathlib.Path, encoder: Encoder, variables: dict) -> dict:
+def load(
+  path: str | pathlib.Path,
+  encoder: Encoder,
+  variables: dict,
+  size: tuple[int, int] | None = None,
+) -> dict:
   """The variables with the weights of a file in place; see `from_torch`.
 
   Logs what became of each tensor.
@@ -51,7 +56,7 @@ def load(path: str | pathlib.Path, encoder: Encoder, variables: dict) -> dict:
   """
   state = read(path)
   try:
-    variables, summary = _fill(state, encoder, variables)
+    variables, summary = _fill(state, encoder, variables, size)
   except UserError as error:
     raise _about(path, error) from None
   _log.info("%s: %s", path, summary)
@@ -83,7 +88,10 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def from_torch(
-  state: dict[str, np.ndarray], encoder: Encoder, variables: dict
+  state: dict[str, np.ndarray],
+  encoder: Encoder,
+  variables: dict,
+  size: tuple[int, int] | None = None,
 ) -> dict:
   """The variables with the weights of a PyTorch state dict in their place.
 
@@ -91,13 +99,15 @@ def from_torch(
   Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
   ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
   state dict does not have; what is neither backbone nor head is ignored, such
-  as a classifier. The arrays have PyTorch's order of axes.
+  as a classifier. The arrays have PyTorch's order of axes. `size` is the height
+  and the width of the encoder's images, for which a vision transformer's
+  position embeddings are resized; without it they must fit.
 
   Raises:
     UserError: a weight of the backbone is missing or is one too many, a shape
       differs, or a weight is not a finite number.
   """
-  return _fill(state, encoder, variables)[0]
+  return _fill(state, encoder, variables, size)[0]
 
 
 def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
@@ -107,10 +117,10 @@ def torch_name(encoder: Encoder, path: tuple[str, ...]) -> str:
   """
   _, part, *names = path
   if part == "backbone":
-    name, leaf = encoder.backbone.torch_name(tuple(names)).rsplit(".", 1)
+    *name, leaf = encoder.backbone.torch_name(tuple(names)).split(".")
   else:
-    name, leaf = _HEAD[names[0]], names[-1]
-  return f"{name}.{_LEAVES.get(leaf, leaf)}"
+    name, leaf = [_HEAD[names[0]]], names[-1]
+  return ".".join([*name, _LEAVES.get(leaf, leaf)])
 
 
 def _read(path):
@@ -153,9 +163,11 @@ def _about(path, error) -> UserError:
   return UserError(f"{path}: {str(error)[:400]}")
 
 
-def _fill(state, encoder, variables):
+def _fill(state, encoder, variables, size):
   """The variables with the weights, and a line on what became of each."""
   named = _by_name(state, encoder)
+  if hasattr(encoder.backbone, "torch_state"):
+    named = encoder.backbone.torch_state(named, size)
   flat, new, used = traverse_util.flatten_dict(variables), {}, set()
   for path, old in flat.items():
     name = torch_name(encoder, path)
@@ -220,11 +232,11 @@ def _some(names) -> str:
 def _convert(name, path, found, old):
   """The variable at the path, from the arrays of PyTorch that make it up."""
   is_stripes = path[2] == "stripes"
-  # PyTorch has [out, in, h, w] and [out, in].
-  found = {
-    key: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    for key, x in found.items()
-  }
+  if path[-1] == "kernel":  # PyTorch has [out, in, h, w] and [out, in].
+    found = {
+      key: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+      for key, x in found.items()
+    }
   # The weights of stripes have an axis for them; their norms are one norm.
   length, *shape = old.shape
   shape = shape if is_stripes else [length // len(found), *shape]

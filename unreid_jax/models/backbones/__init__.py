@@ -2,15 +2,24 @@
 
 A value of `ARCHS` is a function of width (a multiplier of all channels), norm
 (makes a batch norm, as `norm.GhostBatchNorm` does) and dtype (the name of the
-computation's dtype), which returns a `Backbone`. `archs` finds the files.
+computation's dtype), which returns a `Backbone`. It may take drop_path and
+remat, too, see `models.make`. `archs` finds the files.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from jaxtyping import Array, Float
+
+
+class Tokens(NamedTuple):
+  """A feature map, and a class token or another feature of the whole image."""
+
+  maps: Float[Array, "b h w c"]
+  token: Float[Array, "b c"]
 
 
 class Backbone(Protocol):
@@ -25,8 +34,11 @@ class Backbone(Protocol):
 
   def __call__(
     self, x: Float[Array, "b H W 3"], train: bool
-  ) -> Float[Array, "b h w c"]:
-    """From normalised images to a feature map."""
+  ) -> Float[Array, "b h w c"] | Tokens:
+    """From normalised images to a feature map.
+
+    Of what it drops at random in training, the key is make_rng("drop_path").
+    """
 
   def torch_key(self, key: str) -> str:
     """A key of a PyTorch state dict, as the original code base spells it.
@@ -40,7 +52,16 @@ class Backbone(Protocol):
   def torch_name(path: tuple[str, ...]) -> str:
     """("layer1_0", "conv1", "kernel") to PyTorch's "layer1.0.conv1.kernel".
 
-    The last part stays: that it is a weight in PyTorch is up to the caller.
+    The last part stays: that it is a weight in PyTorch is up to the caller. Of
+    the arrays themselves, only a "kernel" has another order of axes there.
+    """
+
+  def torch_state(
+    self, state: dict[str, np.ndarray], size: tuple[int, int] | None
+  ) -> dict[str, np.ndarray]:
+    """A state dict, named as above, as images of this size need it.
+
+    Optional: a backbone whose weights fit images of any size has none.
     """
 
 
