@@ -84,7 +84,8 @@ def _make_images(folder):
 def _run(folder, name, processes, after=None, draw=None):
   """Runs until its end, or kills some of it after so many seconds."""
   command = [
-    sys.executable, "run.py", "--config=configs/cluster_contrast.py:folder,small",
+    sys.executable, "run.py",
+    "--config=configs/cluster_contrast.py:folder,small",
     f"--workdir={folder / name}", f"--config.dataset.root={folder / 'data'}",
     f"--config.dataset.cache_dir={folder / (name + '-cache')}",
     "--config.epochs=8", "--config.steps_per_epoch=5",

@@ -61,17 +61,19 @@ _RECIPES = {
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET", as the authors, or "DATASET,small".
+  """The config for "DATASET", as the authors, or "DATASET,SIZE".
 
   "DATASET,clip" and "DATASET,vit_s" are those with a vision transformer.
   """
   rest, _, recipe = arguments.rpartition(",")
   if rest and recipe in _RECIPES:
     return _transformer(rest, recipe)
-  dataset, small = default.parse(arguments)
+  dataset, size = default.parse(arguments)
   config = default.get_config("cluster_contrast", dataset)
   config.encoder.pooling = "gem"
-  if small:
+  if size == "lite":
+    return default.lite_clusters(config)
+  if size == "small":
     return default.small_clusters(config, **default.SMALL_CLUSTERING)
   steps = 400 if dataset == "msmt17" else 200
   return default.published_clusters(config, steps)

@@ -10,12 +10,17 @@ from ml_collections import ConfigDict
 from unreid_jax import UserError, methods, values
 
 
-def parse(arguments: str) -> tuple[str, bool]:
-  """The data set in "DATASET" or "DATASET,small", and whether it is small."""
+def parse(arguments: str) -> tuple[str, str]:
+  """The data set in "DATASET" or "DATASET,SIZE", and the size.
+
+  Sizes are "small", which is also synthetic's own, "lite", and "": published.
+  """
   dataset, _, size = arguments.partition(",")
-  if size not in ("", "small"):
-    raise UserError(f'no config "{arguments}": write DATASET or DATASET,small')
-  return dataset, size == "small" or dataset == "synthetic"
+  if size not in ("", "small", "lite"):
+    raise UserError(
+      f'no config "{arguments}": write DATASET, DATASET,small or DATASET,lite'
+    )
+  return dataset, size or ("small" if dataset == "synthetic" else "")
 
 
 def method_section(name: str) -> dict:
@@ -112,6 +117,27 @@ def small(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def lite(config: ConfigDict) -> ConfigDict:
+  """An encoder from ImageNet, and a schedule for two cores and half an hour."""
+  config.batch_size = 128
+  config.steps_per_epoch = 40
+  config.epochs = 10
+  config.evaluate_every = "5 epochs"
+  config.update(
+    {
+      "dataset": {"height": 128, "width": 64},
+      "augment": {"pad": 5},
+      "sampler": {"num_instances": 4},
+      "encoder": {
+        "arch": "efficientnet_lite0",
+        "pretrained": "efficientnet_lite0",
+      },
+      "optim": {"milestones": ("7 epochs",)},
+    }
+  )
+  return config
+
+
 def published_clusters(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
   """What the authors' commands of the cluster methods have in common."""
   config.batch_size = 256
@@ -125,6 +151,23 @@ def published_clusters(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
 # nothing: hence some epochs of instance discrimination before the first ones,
 # and features that are centred by camera for the clustering.
 SMALL_CLUSTERING = {"eps": 0.5, "center_cameras": True, "instance_epochs": 10}
+
+
+# Small and pure clusters: k1 is of the order of an identity's images.
+LITE_CLUSTERING = {
+  "k1": 20,
+  "k2": 4,
+  "min_samples": 2,
+  "eps": 0.5,
+  "center_cameras": True,
+}
+
+
+def lite_clusters(config: ConfigDict, **hyperparameters) -> ConfigDict:
+  """`lite` for the cluster methods, with some of the method's own values."""
+  config = lite(config)
+  config.method.update(LITE_CLUSTERING | hyperparameters)
+  return config
 
 
 def small_clusters(config: ConfigDict, **hyperparameters) -> ConfigDict:

@@ -21,10 +21,12 @@ _EPS = {"market1501": 0.45, "dukemtmc": 0.6, "msmt17": 0.7}
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET", as the authors, or "DATASET,small"."""
-  dataset, small = default.parse(arguments)
+  """The config for "DATASET", as the authors, or "DATASET,SIZE"."""
+  dataset, size = default.parse(arguments)
   config = default.get_config("hhcl", dataset)
-  if small:
+  if size == "lite":
+    return default.lite_clusters(config, num_instances=4)
+  if size == "small":
     small_clustering = default.SMALL_CLUSTERING | {"num_instances": 4}
     return default.small_clusters(config, **small_clustering)
   config.method.eps = _EPS.get(dataset, 0.6)

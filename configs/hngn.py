@@ -44,14 +44,14 @@ def get_config(arguments: str = "synthetic,small"):
     ("cluster_contrast", arguments) if is_default else (over, rest)
   )
   config = importlib.import_module(f"configs.{base}").get_config(arguments)
-  _, is_small = default.parse(arguments)
-  if not is_small and is_default:
+  _, size = default.parse(arguments)
+  if not size and is_default:
     _like_ise(config)
   method = default.method_section("hngn")
   method["base"] = config.method.to_dict()
-  method["warmup"] = "20 epochs" if is_small else "5 epochs"
-  method["ramp"] = "5 epochs"
-  if is_small:
+  warmup, ramp = {"small": (20, 5), "lite": (2, 2), "": (5, 5)}[size]
+  method["warmup"], method["ramp"] = f"{warmup} epochs", f"{ramp} epochs"
+  if size:
     method["generator_width"] = 256
   config.method = ConfigDict(method)
   return config

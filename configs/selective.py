@@ -17,11 +17,13 @@ from configs import default
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET", as the authors, or "DATASET,small"."""
-  dataset, small = default.parse(arguments)
+  """The config for "DATASET", as the authors, or "DATASET,SIZE"."""
+  dataset, size = default.parse(arguments)
   config = default.get_config("selective", dataset, warmup="3 epochs")
   config.encoder.head = "stripes"
-  if small:
+  if size == "lite":
+    return _lite(config)
+  if size == "small":
     return _small(config)
   config.epochs = 40
   config.evaluate_every = "5 epochs"
@@ -60,6 +62,24 @@ def _small(config):
         "num_positives": 3,
         "num_negatives": 300,
         "camera_penalty": 1.0,
+      },
+    }
+  )
+  return config
+
+
+def _lite(config):
+  """Features of an ImageNet encoder, whose neighbours are few and mixed."""
+  config = default.lite(config)
+  config.sampler.num_instances = 0
+  config.update(
+    {
+      "encoder": {"embedding_dim": 512, "stripe_dim": 64},
+      "method": {
+        "warmup": "2 epochs",
+        "num_positives": 3,
+        "num_negatives": 500,
+        "camera_penalty": 0.3,
       },
     }
   )

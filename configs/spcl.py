@@ -21,10 +21,12 @@ from configs import default
 
 
 def get_config(arguments: str = "synthetic,small", method: str = "spcl"):
-  """The config for "DATASET", as the authors, or "DATASET,small"."""
-  dataset, small = default.parse(arguments)
+  """The config for "DATASET", as the authors, or "DATASET,SIZE"."""
+  dataset, size = default.parse(arguments)
   config = default.get_config(method, dataset)
-  if small:
+  if size == "lite":
+    return default.lite_clusters(config, recluster="features")
+  if size == "small":
     # The memory's clusters are worse here than those of fresh features.
     fresh = default.SMALL_CLUSTERING | {"recluster": "features"}
     return default.small_clusters(config, **fresh)

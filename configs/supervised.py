@@ -15,10 +15,12 @@ from configs import default
 
 def get_config(arguments: str = "synthetic,small"):
   """The config for "DATASET", or "DATASET,small"."""
-  dataset, small = default.parse(arguments)
+  dataset, size = default.parse(arguments)
   config = default.get_config("supervised", dataset)
   config.encoder.pooling = "gem"
-  if small:
+  if size == "lite":
+    return default.lite(config)
+  if size == "small":
     return default.small_clusters(config)
   steps = 400 if dataset == "msmt17" else 200
   return default.published_clusters(config, steps)

@@ -20,6 +20,7 @@ def run_command(arguments, log):
   import run
 
   run.preemption.exit_on_signals()
+  run._launch()
   run.app.run(run.main, flags_parser=run._parse)
 
 
@@ -41,14 +42,18 @@ def run_command(arguments, log):
     (["--config=configs/selective.py:market1501"], "error: dataset.root"),
     (
       ["--config=configs/selective.py:synthetic,large"],
-      'error: no config "synthetic,large": write DATASET or DATASET,small',
+      'error: no config "synthetic,large": write DATASET, DATASET,small or',
     ),
     (
       ["--config=configs/hngn.py:synthetic,small,default"],
-      'error: no config "synthetic,small,default": write DATASET or DATASET,',
+      'error: no config "synthetic,small,default": write DATASET, DATASET,',
     ),
     (["--workdir=~nosuchuser/x"], "error: ~nosuchuser/x: the home directory"),
-    (["--distributed"], "error: --distributed finds no cluster ("),
+    (
+      ["--distributed=manual"],
+      "error: --coordinator (or JAX_COORDINATOR_ADDRESS) is missing: several ",
+    ),
+    (["--distributed=mpi"], "error: flag --distributed=mpi: value should be"),
     (
       ["--config.method.warmup=99999999999999 steps"],
       'error: method.warmup is "99999999999999 steps": set it to a duration',
