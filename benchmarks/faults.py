@@ -12,6 +12,7 @@ the unbroken run, byte by byte.
 
 import argparse
 import collections
+import logging
 import os
 import pathlib
 import random
@@ -39,6 +40,7 @@ def main() -> None:
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
   draw, hits, bad = random.Random(options.seed), collections.Counter(), 0
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
@@ -55,7 +57,9 @@ def main() -> None:
         status = _run(folder, name, options.processes, after, draw)
         if after is not None:
           log = folder / f"{name}.txt"
-          last = (log.read_text().splitlines() or ["nothing"])[-1]
+          ends = "the run has ended", "process ", "another process"
+          lines = ["nothing", *log.read_text().splitlines()]
+          last = [x for x in lines if not x.startswith(ends)][-1]
           hits[last.removeprefix("[0] ")[:12].strip()] += 1
         if after is None and status != 0:
           print((folder / f"{name}.txt").read_text())
@@ -133,8 +137,12 @@ def _result(workdir):
   (last,) = (workdir / "checkpoints/last").iterdir()
   crc = {}
   for part in "encoder", "training":
-    with ocp.StandardCheckpointer() as checkpointer:
-      arrays = checkpointer.restore(last / part)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      shapes = checkpointer.metadata(last / part).item_metadata.tree
+      here = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
+      )
+      arrays = checkpointer.restore(last / part, restore_args=here)
     for path, x in jax.tree.leaves_with_path(arrays):
       crc[part + jax.tree_util.keystr(path)] = zlib.crc32(np.asarray(x))
   return {
