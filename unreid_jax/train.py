@@ -17,7 +17,14 @@ from unreid_jax.data import sampler
 from unreid_jax.evaluate import evaluate, export_features
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
-from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
+from unreid_jax.state import (
+  Parts,
+  TrainState,
+  first_state,
+  keys,
+  make_card,
+  make_parts,
+)
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import (
@@ -84,7 +91,7 @@ def train(config: ConfigDict, path: str) -> None:
       state = checkpoints.restore("last", like=state)
     step, end = int(state.step), config.epochs * steps_per_epoch
     score_state = lambda state, step: report_scores(
-      parts.encoder(state), parts.distance, dataset, step,
+      parts.encoder(state), parts.distance, dataset, f"step {step}",
       config.evaluate_batch_size, writer,
     )  # fmt: skip
     writer.resume(step)
@@ -147,11 +154,17 @@ def train(config: ConfigDict, path: str) -> None:
     writer.table(writer.history("evaluate"))
 
 
-def score(config: ConfigDict, path: str) -> None:
+def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
   """Scores a workdir's last and best checkpoint and trains nothing.
 
   The encoders are the checkpoints'; the config says which data set they are
   scored on, and by which method's distance. The train images are not read.
+
+  Args:
+    config: the config.
+    path: the workdir, to whose log is written.
+    checkpoint: what is scored instead: another checkpoint, or a file of
+      PyTorch weights, whose encoder is the config's; see `load_encoder`.
 
   Raises:
     UserError: bad input, or there is no checkpoint.
@@ -163,23 +176,24 @@ def score(config: ConfigDict, path: str) -> None:
     check(config, mesh.size)
     workdir = Workdir(path)
     saved = filter(None, map(workdir.newest, ("last", "best")))
-    saved = list(saved) or [find(path)]
+    saved = [checkpoint] if checkpoint else list(saved) or [find(path)]
     writer = stack.enter_context(Writer(workdir))
     copies = NamedSharding(mesh, sharding.COPY)
     method = methods.make(**resolve(config, 1).method.to_dict())
     distance = jax.jit(method.distance, out_shardings=copies)
     rows, dataset = {}, None
     for found in saved:
-      if found.name in rows:  # the last one is the best one too
+      name = checkpoint or f"step {found.name}"
+      if name in rows:  # the last one is the best one too
         continue
-      encoder = encode.load_encoder(found)
+      encoder = encode.load_encoder(found, make_card(config))
       dataset = dataset or load_test_set(config, encoder)
-      batch_size, step = config.evaluate_batch_size, int(found.name)
+      batch_size = config.evaluate_batch_size
       scores = report_scores(
-        encoder, distance, dataset, step, batch_size, writer
+        encoder, distance, dataset, name, batch_size, writer
       )
-      rows[found.name] = {"step": step} | scores
-    writer.table(list(rows.values()))
+      rows[name] = {"step": 0 if checkpoint else int(found.name)} | scores
+    writer.table(list(rows.values()), name=pathlib.Path(checkpoint).name)
 
 
 def load_test_set(config: ConfigDict, encoder: encode.Encoder) -> data.Dataset:
@@ -194,7 +208,7 @@ def report_scores(
   encoder: encode.Encoder,
   distance: methods.Distance,
   dataset: data.Dataset,
-  step: int,
+  name: str,
   batch_size: int,
   writer: Writer,
 ) -> dict[str, float]:
@@ -202,11 +216,11 @@ def report_scores(
   if dataset.query is None:
     path = writer.workdir.features
     export_features(encoder, dataset.train, batch_size, path)
-    writer.log(f"{f'step {step}':<20}features are in {path}")
+    writer.log(f"{name:<19} features are in {path}")
     return {}
   scores = evaluate(encoder, distance, dataset, batch_size)
   text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
-  writer.log(f"{f'step {step}':<20}{text}")
+  writer.log(f"{name:<19} {text}")
   return scores
 
 

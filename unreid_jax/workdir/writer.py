@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -63,7 +63,7 @@ class Writer:
 
   def __enter__(self) -> "Writer":
     self._stack.enter_context(progress.shown_by(self.track))
-    self._stack.enter_context(_sent_to(self.log))
+    self._stack.enter_context(sent_to(self.log))
     return self
 
   def __exit__(self, *_) -> None:
@@ -192,13 +192,14 @@ class Writer:
         rest = f"{100 * done // total:3}%  {left} left"
       self._console.out(f"{description:<20}{_rate(rate):>10}  {rest}")
 
-  def table(self, rows: Sequence[Mapping]) -> None:
+  def table(self, rows: Sequence[Mapping], name: str = "") -> None:
     """Prints the first, the best and the last evaluation in percent.
 
     To stdout and log.txt.
 
     Args:
       rows: each with "step", mAP, R1, R5 and R10 (fractions of 1).
+      name: what the encoder of the only row is called.
     """
     rows = [row for row in rows if "mAP" in row]
     if not rows or not self._is_main:
@@ -209,10 +210,10 @@ class Writer:
       column.justify = "right"
     chosen = {row["step"]: row for row in (rows[0], best, rows[-1])}
     for step, row in sorted(chosen.items()):
-      name = f"after {step:,} steps" if step else "before training"
+      title = name or (f"after {step:,} steps" if step else "before training")
       note = " (best)" if row is best and step else ""
       scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
-      table.add_row(name + note, *scores)
+      table.add_row(title + note, *scores)
     _console(sys.stdout).print(table)
     text = io.StringIO()
     rich.console.Console(file=text, force_terminal=False).print(table)
@@ -239,7 +240,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _sent_to(log):
+def sent_to(log: Callable[[str], None]) -> Iterator[None]:
   """Within it, `log` gets the lines that the library's modules log."""
   logger, handler = logging.getLogger("unreid_jax"), logging.Handler()
   handler.emit = lambda record: log(record.getMessage())

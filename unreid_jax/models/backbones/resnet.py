@@ -21,8 +21,8 @@ _DEPTHS = {
   152: ((3, 8, 36, 3), True),
 }
 # Places in the nn.Sequential of Cluster Contrast, SpCL and HHCL.
-_PLACES = {"0": "conv1", "1": "bn1"}
-_PLACES |= {str(i + 3): f"layer{i}" for i in range(1, 5)}
+PLACES = {"0": "conv1", "1": "bn1"}
+PLACES |= {str(i + 3): f"layer{i}" for i in range(1, 5)}
 
 
 class ResNet(nn.Module):
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     "CNN.layer1.0.conv1.weight", and DataParallel puts "module." in front.
     """
     key = re.sub(r"^(module\.)?(CNN\.)?", "", key)
-    return re.sub(r"^base\.([014567])", lambda found: _PLACES[found[1]], key)
+    return re.sub(r"^base\.([014567])", lambda found: PLACES[found[1]], key)
 
   @staticmethod
   def torch_name(path: tuple[str, ...]) -> str:
