@@ -33,6 +33,7 @@ from unreid_jax.workdir.checkpoints import (
   find,
   read_card,
 )
+from unreid_jax.workdir.sessions import Session
 from unreid_jax.workdir.writer import Writer
 
 
@@ -90,6 +91,7 @@ def train(config: ConfigDict, path: str) -> None:
     if earlier:
       state = checkpoints.restore("last", like=state)
     step, end = int(state.step), config.epochs * steps_per_epoch
+    session = Session(workdir, mesh, step, end)
     score_state = lambda state, step: report_scores(
       parts.encoder(state), parts.distance, dataset, f"step {step}",
       config.evaluate_batch_size, writer,
@@ -149,6 +151,7 @@ def train(config: ConfigDict, path: str) -> None:
       stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, card, state)
+        session.save(step)
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))

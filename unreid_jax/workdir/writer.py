@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import logging
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class Writer:
 
   def __init__(self, workdir: Workdir):
     self.workdir = workdir
-    self._lines = _read(workdir.metrics)
+    self._lines = read_metrics(workdir.metrics)
     self._events, self._flushed = None, 0.0
     self._stack = contextlib.ExitStack()
     self._is_main = jax.process_index() == 0
@@ -161,7 +162,7 @@ class Writer:
       shown.close()
     seconds = max(time.monotonic() - start, 1e-9)
     self.log(
-      f"{description:<20}{done:>8,} {unit} in {_duration(seconds)} "
+      f"{description:<20}{done:>8,} {unit} in {duration(seconds)} "
       f"({_rate(done / seconds)})"
     )
 
@@ -188,7 +189,7 @@ class Writer:
       last = time.monotonic()
       rest = f"{done:,}"
       if total:
-        left = _duration((total - done) / rate)
+        left = duration((total - done) / rate)
         rest = f"{100 * done // total:3}%  {left} left"
       self._console.out(f"{description:<20}{_rate(rate):>10}  {rest}")
 
@@ -283,7 +284,7 @@ def _console(stream):
   return rich.console.Console(file=stream, force_terminal=stream.isatty())
 
 
-def _read(path) -> list[dict]:
+def read_metrics(path: pathlib.Path) -> list[dict]:
   """The lines of a metrics file without the last one if it is torn."""
   if not path.exists():
     return []
@@ -301,7 +302,8 @@ def _read(path) -> list[dict]:
   return lines
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Such as "12.0 s", "2 min 05 s" or "3 h 20 min"."""
   if seconds < 60:
     return f"{seconds:.1f} s"
   minutes = round(seconds / 60)
