@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+torch.set_num_threads(1)  # the cores are shared with other tests
+
 
 class Block(nn.Module):
   """Two 3x3 convolutions and a shortcut."""
