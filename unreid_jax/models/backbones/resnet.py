@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from unreid_jax import UserError
 from unreid_jax.models.conv import Conv, max_pool
 from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm
 
@@ -67,9 +68,18 @@ class ResNet(nn.Module):
     """To torchvision's "layer1.0.conv1.weight", which IBN-Net has as well.
 
     Cluster Contrast, SpCL and HHCL save "base.4.0.conv1.weight", Unsup_ReID
-    "CNN.layer1.0.conv1.weight", and DataParallel puts "module." in front.
+    "CNN.layer1.0.conv1.weight", OpenUnReID and fast-reid put "backbone." in
+    front of it, and DataParallel "module.".
+
+    Raises:
+      UserError: the network is MMT's, which has one layer less.
     """
-    key = re.sub(r"^(module\.)?(CNN\.)?", "", key)
+    key = re.sub(r"^(module\.)?(CNN\.|backbone\.)?", "", key)
+    if key.startswith("base.3."):
+      raise UserError(
+        f"its {key} is of a network without a ReLU after the first batch norm, "
+        "such as MMT's, which no encoder here is"
+      )
     return re.sub(r"^base\.([014567])", lambda found: PLACES[found[1]], key)
 
   @staticmethod
