@@ -62,27 +62,36 @@ def load_encoder(
   copies = NamedSharding(mesh, sharding.COPY)
   path = values.expand(path, "the path")
   if path.is_file():
-    card = _stored_card(path) or card
-    if not card:
-      raise UserError(f"{path} does not say what encoder it is of: pass a card")
-    module, shapes = build(card, str(path))
-    variables = pretrained.load(path, module, shapes)
-    is_left = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    if any(map(is_left, jax.tree.leaves(variables))):
-      drawn = draw(module, card, jax.random.key(0))
-      variables = jax.tree.map(
-        lambda x, other: other if is_left(x) else x, variables, drawn
-      )
+    card, module, variables = _open_weights(path, card)
     variables = jax.device_put(variables, copies)
-    return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+  else:
+    card, module, variables = _open_checkpoint(path, copies)
+  return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+
+
+def _open_checkpoint(path, copies):
   found = checkpoints.find(path)
   card = checkpoints.read_card(found)
   module, shapes = build(card, f"{found}/card")
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), shapes
   )
-  variables = checkpoints.read_encoder(found, like)
-  return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+  return card, module, checkpoints.read_encoder(found, like)
+
+
+def _open_weights(path, card):
+  """What a file lacks, such as a head of ImageNet weights, is drawn."""
+  card = _stored_card(path) or card
+  if not card:
+    raise UserError(f"{path} does not say what encoder it is of: pass a card")
+  module, shapes = build(card, str(path))
+  variables = pretrained.load(path, module, shapes)
+  is_left = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  if any(map(is_left, jax.tree.leaves(variables))):
+    drawn = draw(module, card, jax.random.key(0))
+    fill = lambda x, other: other if is_left(x) else x
+    variables = jax.tree.map(fill, variables, drawn)
+  return card, module, variables
 
 
 def _stored_card(path) -> dict | None:

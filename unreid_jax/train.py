@@ -222,7 +222,7 @@ def report_scores(
     writer.log(f"{name:<19} features are in {path}")
     return {}
   scores = evaluate(encoder, distance, dataset, batch_size)
-  text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
+  text = "  ".join(f"{key} {100 * x:.1f}" for key, x in scores.items())
   writer.log(f"{name:<19} {text}")
   return scores
 
