@@ -195,8 +195,10 @@ def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
       scores = report_scores(
         encoder, distance, dataset, name, batch_size, writer
       )
-      rows[name] = {"step": 0 if checkpoint else int(found.name)} | scores
-    writer.table(list(rows.values()), name=pathlib.Path(checkpoint).name)
+      title = {"step": 0, "name": pathlib.Path(checkpoint).name}
+      title = title if checkpoint else {"step": int(found.name)}
+      rows[name] = title | scores
+    writer.table(list(rows.values()))
 
 
 def load_test_set(config: ConfigDict, encoder: encode.Encoder) -> data.Dataset:

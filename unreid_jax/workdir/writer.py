@@ -193,14 +193,14 @@ class Writer:
         rest = f"{100 * done // total:3}%  {left} left"
       self._console.out(f"{description:<20}{_rate(rate):>10}  {rest}")
 
-  def table(self, rows: Sequence[Mapping], name: str = "") -> None:
+  def table(self, rows: Sequence[Mapping]) -> None:
     """Prints the first, the best and the last evaluation in percent.
 
     To stdout and log.txt.
 
     Args:
-      rows: each with "step", mAP, R1, R5 and R10 (fractions of 1).
-      name: what the encoder of the only row is called.
+      rows: each with "step", mAP, R1, R5 and R10 (fractions of 1); and with
+        "name" if its encoder is not called after its step.
     """
     rows = [row for row in rows if "mAP" in row]
     if not rows or not self._is_main:
@@ -211,7 +211,8 @@ class Writer:
       column.justify = "right"
     chosen = {row["step"]: row for row in (rows[0], best, rows[-1])}
     for step, row in sorted(chosen.items()):
-      title = name or (f"after {step:,} steps" if step else "before training")
+      title = f"after {step:,} steps" if step else "before training"
+      title = row.get("name", title)
       note = " (best)" if row is best and step else ""
       scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
       table.add_row(title + note, *scores)
