@@ -184,7 +184,8 @@ def _by_name(state, encoder):
   named = {}
   if not isinstance(state, Mapping):
     raise UserError("the weights are no dictionary: pass arrays by their names")
-  for key, bare in of_heads(state).items():
+  pad_pool = getattr(encoder.backbone, "pad_pool", True)
+  for key, bare in of_heads(state, pad_pool).items():
     name, value = encoder.backbone.torch_key(bare), state[key]
     if name in named:
       raise UserError(f"it has {name} twice, once as {key}: delete one of them")

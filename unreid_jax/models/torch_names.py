@@ -19,22 +19,26 @@ _REFUSED = (
 _log = logging.getLogger(__name__)
 
 
-def of_heads(keys: Iterable[str]) -> dict[str, str]:
+def of_heads(keys: Iterable[str], pad_pool: bool = True) -> dict[str, str]:
   """The keys that are taken, and their names if they are a head's.
 
   Other keys stay, but for what a wrapper puts in front: "module." of
   DataParallel, and "mean_net." of OpenUnReID's mean teacher, which is what it
   evaluates; its student, "net.", keeps a name that no encoder has.
 
+  Args:
+    keys: of a state dict.
+    pad_pool: whether the encoder's first pooling is padded.
+
   Raises:
     UserError: a layer that no encoder here has, and without which the features
       would be others.
   """
   bare = {key: re.sub(r"^(module\.)?(mean_net\.)?", "", key) for key in keys}
-  if any(name.startswith("heads.") for name in bare.values()):
+  if pad_pool and any(name.startswith("heads.") for name in bare.values()):
     _log.warning(
-      "weights of fast-reid, whose first pooling has no padding: the features "
-      "here are a little different"
+      "weights of fast-reid, whose first pooling is not padded: for the same "
+      "features set encoder.arch to a name that ends in _fastreid"
     )
   for key, name in bare.items():
     for pattern, what in _REFUSED:
