@@ -12,6 +12,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import pathlib
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,6 +74,8 @@ def read_run(path: str) -> Run | str:
   settings = dict(_leaves(workdir.stored_config()))
   if missing := [key for key in _NEEDED if key not in settings]:
     return f"of an earlier version, without {missing[0]}"
+  weights = pathlib.Path(settings["encoder.pretrained"])
+  settings["encoder.pretrained"] = weights.name  # wherever it lies
   sessions = read_sessions(workdir)
   if sessions and sessions[-1]["step"] < sessions[-1]["end"]:
     step, end = sessions[-1]["step"], sessions[-1]["end"]
@@ -98,7 +101,8 @@ def make_rows(runs: Iterable[Run]) -> list[Row]:
 def _row(runs, groups) -> Row:
   method, dataset, encoder = _title(runs[0])
   row = {"method": method, "data set": dataset, "encoder": encoder}
-  row["seeds"] = _several(sorted(str(run.settings["seed"]) for run in runs))
+  seeds = sorted(run.settings["seed"] for run in runs)
+  row["seeds"] = ", ".join(map(str, seeds))
   for which in ("last", "best"):
     for score in _SCORES:
       values = [100 * getattr(run, which)[score] for run in runs]
@@ -129,7 +133,7 @@ def _circumstances(runs) -> Row:
   cells = {"time": duration(mean) if all(seconds) else unknown}
   for key in ("hardware", "jax", "commit"):
     known = sorted({x[key] or "no checkout" for x in sessions})
-    cells[key] = _several(known) or unknown
+    cells[key] = ", ".join(known) or unknown
   return cells
 
 
@@ -141,14 +145,11 @@ def _title(run) -> tuple[str, str, str]:
     method += f" over {s['method.base.name']}"
   dataset += f" {s['dataset.version']}" if s["dataset.version"] else ""
   width = "" if s["encoder.width"] == 1 else f" x {s['encoder.width']:g}"
-  weights = s["encoder.pretrained"].rpartition("/")[2] or "random weights"
+  weights = s["encoder.pretrained"] or "random weights"
   size = f"{s['dataset.height']}x{s['dataset.width']}"
   pooling = s["encoder.pooling"] if s["encoder.head"] == "neck" else "stripes"
-  return (
-    method,
-    dataset,
-    (f"{s['encoder.arch']}{width}, {pooling}, {size}, {weights}"),
-  )
+  encoder = f"{s['encoder.arch']}{width}, {pooling}, {size}, {weights}"
+  return method, dataset, encoder
 
 
 def _others(run, groups) -> str:
@@ -156,7 +157,7 @@ def _others(run, groups) -> str:
   alike = [g[0].settings for g in groups if _title(g[0]) == _title(run)]
   keys = sorted({key for s in alike for key in s} - _ELSEWHERE)
   differ = [k for k in keys if len({repr(s.get(k)) for s in alike}) > 1]
-  return _several(f"{k}={run.settings.get(k)}" for k in differ) or "none"
+  return ", ".join(f"{k}={run.settings.get(k)}" for k in differ) or "none"
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -186,10 +187,6 @@ def _line(cells):
   return f"| {' | '.join(str(x).replace('|', '/') for x in cells)} |\n"
 
 
-def _several(values) -> str:
-  return ", ".join(values)
-
-
 def _leaves(section, prefix=""):
   for key, value in section.items():
     if isinstance(value, dict):
@@ -201,5 +198,6 @@ def _leaves(section, prefix=""):
 if __name__ == "__main__":
   try:
     main()
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  except (UserError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
