@@ -139,21 +139,6 @@ def test_encoder_equals_the_references(golden, make_encoder, name):
   _check_gradients(z, encoder, grads)
 
 
-def test_the_references_weights_through_a_file(make_encoder, tmp_path):
-  """What the goldens hold for is what is read from PyTorch's checkpoint."""
-  torch = pytest.importorskip("torch")
-  encoder, path = make_encoder(pooling="gem"), tmp_path / "model_best.pth.tar"
-  shapes = {**_resnet50_shapes(), **_bn("feat_bn", 2048), "gap.p": (1,)}
-  want = _fill(encoder, shapes)
-  state = {
-    f"module.{k}": torch.from_numpy(_weight(k, s)) for k, s in shapes.items()
-  }
-  torch.save({"state_dict": state, "epoch": 50, "best_mAP": 0.8}, path)
-  like = jax.tree.map(jnp.zeros_like, want)
-  got = pretrained.load(path, encoder, like)
-  jax.tree.map(assert_array_equal, got, want)
-
-
 def _check_gradients(z, encoder, grads):
   flat = traverse_util.flatten_dict({"params": grads})
   norms = {
