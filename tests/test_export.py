@@ -100,7 +100,7 @@ def test_mistakes(encoders, tmp_path):
   assert not list(tmp_path.iterdir())
   state = export.torch_state(encoder)
   for card, line in (
-    (None, "does not say what encoder it is of: pass a card"),
+    (None, "does not say what encoder it is of: pass --config"),
     ({encode.CARD: "{"}, "its card is damaged"),
     ({encode.CARD: '{"encoder": 1}'}, "is damaged"),
     ({encode.CARD: "[]"}, "no JSON object"),

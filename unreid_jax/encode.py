@@ -83,7 +83,9 @@ def _open_weights(path, card):
   """What a file lacks, such as a head of ImageNet weights, is drawn."""
   card = _stored_card(path) or card
   if not card:
-    raise UserError(f"{path} does not say what encoder it is of: pass a card")
+    raise UserError(
+      f"{path} does not say what encoder it is of: pass --config, or a card"
+    )
   module, shapes = build(card, str(path))
   variables = pretrained.load(path, module, shapes)
   is_left = lambda x: isinstance(x, jax.ShapeDtypeStruct)
