@@ -1,4 +1,4 @@
-"""Trains or evaluates: python run.py --config=configs/selective.py
+"""Trains, evaluates, exports: python run.py --config=configs/selective.py
 
 Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
 whatever way, goes on when it is started again with the same command.
@@ -28,8 +28,16 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where the run writes; runs/METHOD_DATASET if empty."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "evaluate"], "evaluate: score the checkpoints."
+  "mode",
+  "train",
+  ["train", "evaluate", "export"],
+  "evaluate: score the checkpoints. export: write one into --output.",
 )
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "", "Workdir, checkpoint or PyTorch weights; not the workdir's."
+)
+_FORMAT = flags.DEFINE_string("format", "torch", "Or another of export.py.")
+_OUTPUT = flags.DEFINE_string("output", "", "The file that export writes.")
 
 
 def main(argv: list[str]) -> None:
@@ -41,11 +49,20 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     peers.join()
+    if _MODE.value == "export":
+      return _export()
     config = _config()
     workdir = _WORKDIR.value
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
-    modes = {"train": train.train, "evaluate": train.score}
-    modes[_MODE.value](config, workdir)
+    if _MODE.value == "evaluate":
+      train.score(config, workdir, _CHECKPOINT.value)
+    elif _CHECKPOINT.value:
+      raise UserError(
+        "--checkpoint is for --mode=evaluate and --mode=export: train from "
+        "weights with --config.encoder.pretrained=FILE"
+      )
+    else:
+      train.train(config, workdir)
   except UserError as error:
     _fail(error)
   except OSError as error:
@@ -68,6 +85,21 @@ def main(argv: list[str]) -> None:
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
+
+
+def _export():
+  """Needs no config, but for PyTorch weights: they may be of any encoder."""
+  from unreid_jax import export, load_encoder
+  from unreid_jax.state import make_card
+  from unreid_jax.workdir import writer
+
+  path = _CHECKPOINT.value or _WORKDIR.value
+  if not path:
+    raise UserError("say what to export: --checkpoint=WORKDIR")
+  card = make_card(_config()) if _config_file(sys.argv) else None
+  with writer.sent_to(print):
+    encoder = load_encoder(path, card)
+    export.export(encoder, _OUTPUT.value, _FORMAT.value)
 
 
 def _config():

@@ -271,7 +271,7 @@ def metrics(folder: pathlib.Path) -> tuple[Make, Run]:
 
   def run(data):
     path.write_bytes(data)
-    for line in writer._read(path):
+    for line in writer.read_metrics(path):
       _ = line["step"] <= 10, line["kind"]
 
   return lambda rng: mutate(good, rng), run

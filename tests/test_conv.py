@@ -3,8 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from unreid_jax import sharding
 from unreid_jax.models import conv
@@ -130,3 +131,16 @@ def test_accelerators_get_the_plain_operations(monkeypatch):
     jaxpr = str(jax.make_jaxpr(lambda *a: everything(*a))(*args))
     found[backend] = [name for name in names if name in jaxpr]
   assert found == {"cpu": [], "gpu": list(names)}
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (9, 6), (3, 4), (5, 3)])
+def test_windows_without_padding(shape):
+  """Each begins at an even pixel and ends at the edge at the latest."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, *shape, 3)).astype(np.float32)
+  rows, columns = (range(0, n - 1, 2) for n in shape)
+  want = [
+    [x[:, i : i + 3, j : j + 3].max((1, 2)) for j in columns] for i in rows
+  ]
+  got = conv.max_pool(jnp.asarray(x), padded=False)
+  assert_array_equal(got, np.array(want).transpose(2, 0, 1, 3))

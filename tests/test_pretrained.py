@@ -65,6 +65,9 @@ def test_spellings_agree(encoders):
     state,
     {f"module.{key}": value for key, value in state.items()},
     {f"CNN.{key}": value for key, value in state.items()},
+    {f"module.backbone.{key}": value for key, value in state.items()},
+    {f"module.mean_net.backbone.{key}": value for key, value in state.items()}
+    | {f"module.net.backbone.{key}": -value for key, value in state.items()},
     _as_sequential(state),
   )
   loaded = [pretrained.from_torch(s, encoder, variables) for s in spellings]
@@ -96,6 +99,27 @@ def test_heads(encoders):
   assert_array_equal(head["stripes_bn"]["bias"][12:16], [3, 3.5, 3, 3])
 
 
+@pytest.mark.parametrize(
+  "bn, p",
+  [
+    ("feat_bn", "gap.p"),
+    ("module.mean_net.head.feat_bn", "module.mean_net.global_pooling.p"),
+    ("heads.bottleneck.0", "heads.pool_layer.p"),
+    ("heads.bnneck", "heads.pool_layer.p"),
+  ],
+)
+def test_heads_of_other_code_bases(encoders, bn, p, caplog):
+  state = _torchvision_state(encoders["neck"][1]) | {p: np.float32([4])}
+  keys = "weight", "bias", "running_mean", "running_var"
+  state |= {f"{bn}.{k}": np.full(64, i, "f") for i, k in enumerate(keys)}
+  found = pretrained.from_torch(state, *encoders["neck"])
+  head, stats = found["params"]["head"], found["batch_stats"]["head"]["bn"]
+  got = head["bn"]["scale"], head["bn"]["bias"], stats["mean"], stats["var"]
+  assert [set(x.tolist()) for x in got] == [{0}, {1}, {2}, {3}]
+  assert head["pool"]["p"] == 4
+  assert ("fast-reid" in caplog.text) == bn.startswith("heads")
+
+
 def test_mistakes_name_the_weight(encoders):
   encoder, state = encoders["neck"], _torchvision_state(encoders["neck"][1])
   conv, var = "layer1.0.conv1.weight", "bn1.running_var"
@@ -110,6 +134,10 @@ def test_mistakes_name_the_weight(encoders):
     ({"module.bn1.weight": state["bn1.weight"]}, "has bn1.weight twice"),
     ({"layer3.2.conv1.weight": np.zeros(1)}, "it has layer3.2.conv1.weight, w"),
     ({"conv1.bias": np.zeros(8)}, "conv1.bias, which .*: set encoder.arch"),
+    ({"feat.weight": np.zeros(8)}, "its feat.weight is of an embedding layer"),
+    ({"heads.bottleneck.1.bias": np.zeros(8)}, "is of an embedding layer"),
+    ({"module.backbone.NL_2.0.W": np.zeros(8)}, "NL_2.0.W is of a non-local"),
+    ({"module.base.3.0.conv1.weight": np.zeros(8)}, "without a ReLU after"),
   ):
     with pytest.raises(UserError, match=message):
       pretrained.from_torch(state | changes, *encoder)

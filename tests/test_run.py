@@ -106,6 +106,10 @@ def run_command(arguments, log):
     (["--confg=x"], "error: Unknown command line flag 'confg'."),
     (["--config.optim.lr=x"], "error: flag --config.optim.lr=x: could not"),
     (["--mode=evaluate"], "error: "),
+    (["--mode=evaluate", "--checkpoint=/none"], "error: /none holds no check"),
+    (["--mode=evaluate", "--checkpoint=run.py"], "error: run.py: it is a text"),
+    (["--checkpoint=x.pth"], "error: --checkpoint is for --mode=evaluate and"),
+    (["--mode=export"], "error: "),
     (["train"], "error: what is 'train'?"),
   ],
 )

@@ -27,6 +27,7 @@ from unreid_jax.models.backbones import resnet
 from unreid_jax.pseudo_labels.clustering import Clusters
 from unreid_jax.state import first_state, make_parts
 from unreid_jax.workdir import Workdir
+from unreid_jax.workdir.sessions import read_sessions
 
 pytestmark = pytest.mark.usefixtures("two_blocks")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -258,6 +259,10 @@ def test_labels_and_networks_are_resumed(dataset, tmp_path, config, stops):
   assert texts[0].count('"kind": "epoch"') == reports
   for a, b in zip(*map(saved_arrays, (whole, parted)), strict=True):
     np.testing.assert_array_equal(a, b)
+  for path, ends in ((whole, [9]), (parted, [*stops, 9])):
+    sessions = read_sessions(Workdir(path))
+    assert [(x["step"], x["end"]) for x in sessions] == [(n, 9) for n in ends]
+    assert all(x["seconds"] > 0 and x["hardware"] for x in sessions)
 
 
 def test_an_epoch_without_clusters(dataset, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree, UInt8
 from PIL import Image
@@ -16,9 +17,11 @@ from PIL import Image
 from unreid_jax import UserError, models, progress, sharding, values
 from unreid_jax.data import augment
 from unreid_jax.data.images import decode, resize
+from unreid_jax.models import pretrained
 from unreid_jax.values import Count, Positive
-from unreid_jax.workdir import checkpoints
+from unreid_jax.workdir import checkpoints, read_json
 
+CARD = "unreid_jax"  # the card's name in the metadata of a .safetensors
 # A path, Pillow's, or uint8 [h, w, 3].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | jax.Array
 
@@ -39,27 +42,70 @@ class Card(TypedDict):
   std: tuple[Positive, ...]
 
 
-def load_encoder(path: str | os.PathLike) -> "Encoder":
+def load_encoder(
+  path: str | os.PathLike, card: Card | None = None
+) -> "Encoder":
   """Opens a trained encoder, without its data, its method or an optimizer.
 
   Args:
-    path: a workdir, whose last checkpoint is taken; its checkpoints/best; or
-      one checkpoint in there.
+    path: a workdir, whose last checkpoint is taken; its checkpoints/best; one
+      checkpoint in there; or a file of PyTorch weights, see `pretrained`.
+    card: what builds the encoder of such a file. A file that `export` wrote
+      has its own.
 
   Raises:
-    UserError: there is no checkpoint, or one of an earlier version.
+    UserError: there is no checkpoint, or one of an earlier version; or the
+      file has no weights, or those of another encoder.
   """
-  found = checkpoints.find(path)
-  card = checkpoints.read_card(found)
-  module, shapes = build(card, f"{found}/card")
   mesh = jax.sharding.get_mesh()
   mesh = mesh if mesh.axis_names == (sharding.AXIS,) else sharding.make_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
+  path = values.expand(path, "the path")
+  if path.is_file():
+    card, module, variables = _open_weights(path, card)
+    variables = jax.device_put(variables, copies)
+  else:
+    card, module, variables = _open_checkpoint(path, copies)
+  return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+
+
+def _open_checkpoint(path, copies):
+  found = checkpoints.find(path)
+  card = checkpoints.read_card(found)
+  module, shapes = build(card, f"{found}/card")
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copies), shapes
   )
-  variables = checkpoints.read_encoder(found, like)
-  return Encoder(card, variables, make_apply(module, card, mesh), mesh)
+  return card, module, checkpoints.read_encoder(found, like)
+
+
+def _open_weights(path, card):
+  """What a file lacks, such as a head of ImageNet weights, is drawn."""
+  card = _stored_card(path) or card
+  if not card:
+    raise UserError(
+      f"{path} does not say what encoder it is of: pass --config, or a card"
+    )
+  module, shapes = build(card, str(path))
+  size = card["height"], card["width"]
+  variables = pretrained.load(path, module, shapes, size)
+  is_left = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  if any(map(is_left, jax.tree.leaves(variables))):
+    drawn = draw(module, card, jax.random.key(0))
+    fill = lambda x, other: other if is_left(x) else x
+    variables = jax.tree.map(fill, variables, drawn)
+  return card, module, variables
+
+
+def _stored_card(path) -> dict | None:
+  """The card in the metadata of a .safetensors, if it is one and has it."""
+  try:
+    with safetensors.safe_open(path, "numpy") as file:
+      card = (file.metadata() or {}).get(CARD)
+  except (safetensors.SafetensorError, OSError):  # `pretrained` says why
+    return None
+  what = f"{path}: its card"
+  return read_json(card.encode(), what, "export it again") if card else None
 
 
 def build(card: dict, path: str) -> tuple[Any, PyTree]:
@@ -72,9 +118,7 @@ def build(card: dict, path: str) -> tuple[Any, PyTree]:
   try:
     values.check(kinds, {key: card[key] for key in kinds})
     module = models.make(**card["encoder"])
-    shape = (1, card["height"], card["width"], len(card["mean"]))
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    shapes = jax.eval_shape(_init(module, card), jax.random.key(0))
   except Exception as error:
     if isinstance(error, UserError) and not isinstance(error, values.BadValue):
       raise
@@ -82,6 +126,27 @@ def build(card: dict, path: str) -> tuple[Any, PyTree]:
       f"{path} is damaged ({error}): restore it, or train again"
     ) from None
   return module, shapes
+
+
+def draw(module: Any, card: dict, key: jax.Array) -> PyTree:
+  """The variables of an encoder that has learnt nothing."""
+  # On a CPU, full optimisation takes longer to compile and draws the same bits.
+  on_cpu = jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 1} if on_cpu else None
+  return jax.jit(_init(module, card), compiler_options=options)(key)
+
+
+def _init(module, card):
+  """From a key to variables, in float64 if that is the encoder's dtype."""
+  shape = (1, card["height"], card["width"], len(card["mean"]))
+
+  def init(key):
+    variables = module.init(key, jnp.zeros(shape, jnp.float32))
+    is_wide = card["encoder"]["dtype"] == "float64"
+    cast = lambda x: x.astype(float) if is_wide else x
+    return jax.tree.map(cast, variables)
+
+  return init
 
 
 def make_apply(module: Any, card: dict, mesh: Mesh) -> Callable:

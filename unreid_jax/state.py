@@ -66,15 +66,22 @@ class Parts(NamedTuple):
     return encode.Encoder(self.card, state.variables, self.apply, self.mesh)
 
 
+def make_card(config: ConfigDict) -> encode.Card:
+  """What builds a config's encoder."""
+  options = encoder_options(config)
+  backbone = models.make(**options).backbone
+  size = {key: config.dataset[key] for key in ("height", "width")}
+  colour = {"mean": backbone.mean, "std": backbone.std}
+  return {"encoder": options} | size | colour
+
+
 def make_parts(config: ConfigDict) -> Parts:
   """The parts of a run, of a resolved config, on the mesh of `jax.set_mesh`."""
   mesh = jax.sharding.get_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
-  options = encoder_options(config)
-  module = models.make(**options)
-  colour = {"mean": module.backbone.mean, "std": module.backbone.std}
-  size = {key: config.dataset[key] for key in ("height", "width")}
-  card = {"encoder": options} | size | colour
+  card = make_card(config)
+  module = models.make(**card["encoder"])
+  colour = {key: card[key] for key in ("mean", "std")}
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
   transform = functools.partial(augment.augment, **config.augment, **colour)
@@ -114,15 +121,9 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   config, mesh, module = parts.config, parts.mesh, parts.module
   key, method_key = keys(config.seed)
   shape = (config.dataset.height, config.dataset.width, 3)
-  # On a CPU, full optimisation takes longer to compile and draws the same bits.
-  on_cpu = jax.default_backend() == "cpu"
-  options = {"xla_backend_optimization_level": 1} if on_cpu else None
-  init_module = jax.jit(module.init, compiler_options=options)
-  variables = init_module(key, jnp.zeros((1, *shape), jnp.float32))
+  variables = encode.draw(module, parts.card, key)
   if weights:
     variables = pretrained.load(weights, module, variables, shape[:2])
-  if config.encoder.dtype == "float64":
-    variables = jax.tree.map(lambda x: x.astype(float), variables)
   images = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
   one_batch = jax.eval_shape(module.apply, variables, images)
   of_all = lambda x: jax.ShapeDtypeStruct((num_images, *x.shape[1:]), x.dtype)

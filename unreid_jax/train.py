@@ -25,7 +25,14 @@ from unreid_jax.evaluate import evaluate, export_features
 from unreid_jax.hosts import peers
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
-from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
+from unreid_jax.state import (
+  Parts,
+  TrainState,
+  first_state,
+  keys,
+  make_card,
+  make_parts,
+)
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import (
@@ -34,6 +41,7 @@ from unreid_jax.workdir.checkpoints import (
   find,
   read_card,
 )
+from unreid_jax.workdir.sessions import Session
 from unreid_jax.workdir.writer import Writer
 
 
@@ -91,8 +99,9 @@ def train(config: ConfigDict, path: str) -> None:
     if earlier:
       state = checkpoints.restore("last", like=state)
     step, end = int(state.step), config.epochs * steps_per_epoch
+    session = Session(workdir, mesh, step, end)
     score_state = lambda state, step: report_scores(
-      parts.encoder(state), parts.distance, dataset, step,
+      parts.encoder(state), parts.distance, dataset, f"step {step}",
       config.evaluate_batch_size, writer,
     )  # fmt: skip
     writer.resume(step)
@@ -150,6 +159,7 @@ def train(config: ConfigDict, path: str) -> None:
       stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
         checkpoints.save("last", step, card, state)
+        session.save(step)
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
@@ -192,11 +202,17 @@ def checksum(tree: Any) -> int:
   return functools.reduce(lambda crc, x: zlib.crc32(x, crc), arrays, 0)
 
 
-def score(config: ConfigDict, path: str) -> None:
+def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
   """Scores a workdir's last and best checkpoint and trains nothing.
 
   The encoders are the checkpoints'; the config says which data set they are
   scored on, and by which method's distance. The train images are not read.
+
+  Args:
+    config: the config.
+    path: the workdir, to whose log is written.
+    checkpoint: what is scored instead: another checkpoint, or a file of
+      PyTorch weights, whose encoder is the config's; see `load_encoder`.
 
   Raises:
     UserError: bad input, or there is no checkpoint.
@@ -209,22 +225,25 @@ def score(config: ConfigDict, path: str) -> None:
     check(config, mesh.size)
     workdir = Workdir(path)
     saved = filter(None, map(workdir.newest, ("last", "best")))
-    saved = list(saved) or [find(path)]
+    saved = [checkpoint] if checkpoint else list(saved) or [find(path)]
     writer = stack.enter_context(Writer(workdir))
     copies = NamedSharding(mesh, sharding.COPY)
     method = methods.make(**resolve(config, 1).method.to_dict())
     distance = jax.jit(method.distance, out_shardings=copies)
     rows, dataset = {}, None
     for found in saved:
-      if found.name in rows:  # the last one is the best one too
+      name = checkpoint or f"step {found.name}"
+      if name in rows:  # the last one is the best one too
         continue
-      encoder = encode.load_encoder(found)
+      encoder = encode.load_encoder(found, make_card(config))
       dataset = dataset or load_test_set(config, encoder)
-      batch_size, step = config.evaluate_batch_size, int(found.name)
+      batch_size = config.evaluate_batch_size
       scores = report_scores(
-        encoder, distance, dataset, step, batch_size, writer
+        encoder, distance, dataset, name, batch_size, writer
       )
-      rows[found.name] = {"step": step} | scores
+      title = {"step": 0, "name": pathlib.Path(checkpoint).name}
+      title = title if checkpoint else {"step": int(found.name)}
+      rows[name] = title | scores
     writer.table(list(rows.values()))
 
 
@@ -240,7 +259,7 @@ def report_scores(
   encoder: encode.Encoder,
   distance: methods.Distance,
   dataset: data.Dataset,
-  step: int,
+  name: str,
   batch_size: int,
   writer: Writer,
 ) -> dict[str, float]:
@@ -248,11 +267,11 @@ def report_scores(
   if dataset.query is None:
     path = writer.workdir.features
     export_features(encoder, dataset.train, batch_size, path)
-    writer.log(f"{f'step {step}':<20}features are in {path}")
+    writer.log(f"{name:<19} features are in {path}")
     return {}
   scores = evaluate(encoder, distance, dataset, batch_size)
-  text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
-  writer.log(f"{f'step {step}':<20}{text}")
+  text = "  ".join(f"{key} {100 * x:.1f}" for key, x in scores.items())
+  writer.log(f"{name:<19} {text}")
   return scores
 
 

@@ -190,8 +190,17 @@ def _same_pads(length, size, stride):
   return total // 2, total - total // 2
 
 
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
-  """3x3 maximum with stride 2, padded by 1."""
+def max_pool(
+  x: Float[Array, "b h w c"], padded: bool = True
+) -> Float[Array, "b H W c"]:
+  """3x3 maximum with stride 2, padded by 1.
+
+  Not `padded`, the windows begin with the first pixel, and a last one that goes
+  beyond the edge counts, as with `ceil_mode` in PyTorch (fast-reid).
+  """
+  if not padded:  # the same windows, but for a first one
+    x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))
+    return max_pool(x)[:, 1:, 1:]
   if jax.default_backend() == "cpu":
     return _max_pool(x)
   return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

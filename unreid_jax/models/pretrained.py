@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from unreid_jax import UserError
 from unreid_jax.models import Encoder, torch_file
+from unreid_jax.models.torch_names import of_heads
 from unreid_jax.values import expand
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -96,8 +97,9 @@ def from_torch(
   """The variables with the weights of a PyTorch state dict in their place.
 
   The backbone knows its names, see `backbones.Backbone`. Heads have those of
-  Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p") and of Unsup_ReID
-  ("avg_pooling.*", "local_pooling.*"). A head keeps the variables that the
+  Cluster Contrast, SpCL and HHCL ("feat_bn.*", "gap.p"), for which others'
+  are taken too, see `torch_names`, and of Unsup_ReID ("avg_pooling.*",
+  "local_pooling.*"). A head keeps the variables that the
   state dict does not have; what is neither backbone nor head is ignored, such
   as a classifier. The arrays have PyTorch's order of axes. `size` is the height
   and the width of the encoder's images, for which a vision transformer's
@@ -194,8 +196,9 @@ def _by_name(state, encoder):
   named = {}
   if not isinstance(state, Mapping):
     raise UserError("the weights are no dictionary: pass arrays by their names")
-  for key, value in state.items():
-    name = encoder.backbone.torch_key(key)
+  pad_pool = getattr(encoder.backbone, "pad_pool", True)
+  for key, bare in of_heads(state, pad_pool).items():
+    name, value = encoder.backbone.torch_key(bare), state[key]
     if name in named:
       raise UserError(f"it has {name} twice, once as {key}: delete one of them")
     named[name] = np.asarray(value)

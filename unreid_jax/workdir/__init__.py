@@ -25,6 +25,7 @@ class Workdir:
     log: what stood on the terminal, with the time.
     events: TensorBoard's folder.
     features: the features of the train set, if the data set has no queries.
+    sessions: when, on what and with which code the run was made.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -33,6 +34,7 @@ class Workdir:
     self.log = self.path / "log.txt"
     self.events = self.path / "tensorboard"
     self.features = self.path / "features.npz"
+    self.sessions = self.path / "sessions.json"
     self._config = self.path / "config.json"
 
   @contextlib.contextmanager
@@ -137,22 +139,27 @@ def read_json(text: bytes, where: Any, advice: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def named(path: pathlib.Path) -> Iterator[None]:
-  """Within it, what the system refuses to write is a user's mistake."""
+def named(path: pathlib.Path, option: str = "--workdir") -> Iterator[None]:
+  """Within it, what the system refuses to write is a user's mistake.
+
+  `option` is where the user has said to write.
+  """
   try:
     yield
   except OSError as error:
     raise UserError(
       f"{path} cannot be written ({error.strerror or error}): mend that, or "
-      "choose another --workdir"
+      f"choose another {option}"
     ) from None
 
 
 @contextlib.contextmanager
-def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+def whole_file(
+  path: pathlib.Path, option: str = "--workdir"
+) -> Iterator[BinaryIO]:
   """Writes a file that, whatever happens, is the old one or the new one."""
   partial = path.with_suffix(".partial")
-  with named(path):
+  with named(path, option):
     try:
       with open(partial, "wb") as file:
         yield file

@@ -118,7 +118,8 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     found = path
   if not found:
     raise UserError(
-      f"{path} holds no checkpoint: give a workdir in which a run has saved one"
+      f"{path} holds no checkpoint: give a workdir in which a run has saved "
+      "one, or a file of weights"
     )
   check_version(found)
   return found

@@ -5,9 +5,10 @@ import errno
 import io
 import json
 import logging
+import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -42,7 +43,7 @@ class Writer:
 
   def __init__(self, workdir: Workdir):
     self.workdir = workdir
-    self._lines = _read(workdir.metrics)
+    self._lines = read_metrics(workdir.metrics)
     self._events, self._flushed = None, 0.0
     self._stack = contextlib.ExitStack()
     self._is_main = jax.process_index() == 0
@@ -63,7 +64,7 @@ class Writer:
 
   def __enter__(self) -> "Writer":
     self._stack.enter_context(progress.shown_by(self.track))
-    self._stack.enter_context(_sent_to(self.log))
+    self._stack.enter_context(sent_to(self.log))
     return self
 
   def __exit__(self, *_) -> None:
@@ -161,7 +162,7 @@ class Writer:
       shown.close()
     seconds = max(time.monotonic() - start, 1e-9)
     self.log(
-      f"{description:<20}{done:>8,} {unit} in {_duration(seconds)} "
+      f"{description:<20}{done:>8,} {unit} in {duration(seconds)} "
       f"({_rate(done / seconds)})"
     )
 
@@ -188,7 +189,7 @@ class Writer:
       last = time.monotonic()
       rest = f"{done:,}"
       if total:
-        left = _duration((total - done) / rate)
+        left = duration((total - done) / rate)
         rest = f"{100 * done // total:3}%  {left} left"
       self._console.out(f"{description:<20}{_rate(rate):>10}  {rest}")
 
@@ -198,7 +199,8 @@ class Writer:
     To stdout and log.txt.
 
     Args:
-      rows: each with "step", mAP, R1, R5 and R10 (fractions of 1).
+      rows: each with "step", mAP, R1, R5 and R10 (fractions of 1); and with
+        "name" if its encoder is not called after its step.
     """
     rows = [row for row in rows if "mAP" in row]
     if not rows or not self._is_main:
@@ -209,10 +211,11 @@ class Writer:
       column.justify = "right"
     chosen = {row["step"]: row for row in (rows[0], best, rows[-1])}
     for step, row in sorted(chosen.items()):
-      name = f"after {step:,} steps" if step else "before training"
+      title = f"after {step:,} steps" if step else "before training"
+      title = row.get("name", title)
       note = " (best)" if row is best and step else ""
       scores = (f"{100 * row[key]:.1f}" for key in _SCORES)
-      table.add_row(name + note, *scores)
+      table.add_row(title + note, *scores)
     _console(sys.stdout).print(table)
     text = io.StringIO()
     rich.console.Console(file=text, force_terminal=False).print(table)
@@ -239,7 +242,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _sent_to(log):
+def sent_to(log: Callable[[str], None]) -> Iterator[None]:
   """Within it, `log` gets the lines that the library's modules log."""
   logger, handler = logging.getLogger("unreid_jax"), logging.Handler()
   handler.emit = lambda record: log(record.getMessage())
@@ -282,7 +285,7 @@ def _console(stream):
   return rich.console.Console(file=stream, force_terminal=stream.isatty())
 
 
-def _read(path) -> list[dict]:
+def read_metrics(path: pathlib.Path) -> list[dict]:
   """The lines of a metrics file without the last one if it is torn."""
   if not path.exists():
     return []
@@ -300,7 +303,8 @@ def _read(path) -> list[dict]:
   return lines
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Such as "12.0 s", "2 min 05 s" or "3 h 20 min"."""
   if seconds < 60:
     return f"{seconds:.1f} s"
   minutes = round(seconds / 60)

@@ -1,0 +1,142 @@
+"""What is exported holds what was trained, and opens where it says."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+from numpy.testing import assert_array_equal
+from test_train import cluster_config, tiny_config, tiny_split, use
+
+from unreid_jax import (
+  UserError,
+  encode,
+  export,
+  load_encoder,
+  ranking,
+  sharding,
+  train,
+)
+from unreid_jax.data import Dataset
+from unreid_jax.state import make_card
+
+
+def draw(config):
+  """An encoder with drawn weights, which cannot be applied."""
+  card, rng = make_card(config), np.random.default_rng(0)
+  _, shapes = encode.build(card, "")
+  numbers = lambda x: rng.random(x.shape, np.float32)
+  return encode.Encoder(
+    card, jax.tree.map(numbers, shapes), print, sharding.make_mesh(1)
+  )
+
+
+@pytest.fixture(scope="module")
+def encoders():
+  size = {"dataset.height": 64, "dataset.width": 32}
+  neck = cluster_config("cluster_contrast", **{"encoder.pooling": "gem"})
+  lite = cluster_config(
+    "cluster_contrast", **{"encoder.arch": "efficientnet_lite0"}
+  )
+  return {
+    "neck": draw(neck), "stripes": draw(tiny_config(**size)),
+    "lite": draw(lite),
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["neck", "stripes", "lite"])
+@pytest.mark.parametrize("format", ["torch", "torch_reference"])
+def test_an_exported_encoder_opens_alone(encoders, tmp_path, name, format):
+  """Every array comes back bit by bit, and so does what builds the encoder."""
+  encoder, path = encoders[name], tmp_path / "encoder.safetensors"
+  if (name, format) == ("lite", "torch_reference"):
+    with pytest.raises(UserError, match="no reference has an efficientnet"):
+      export.export(encoder, str(path), format)
+    return
+  export.export(encoder, str(path), format)
+  again = load_encoder(path)
+  plain = encoder.card | {k: list(encoder.card[k]) for k in ("mean", "std")}
+  assert again.card == plain
+  jax.tree.map(assert_array_equal, again.variables, encoder.variables)
+
+
+def test_names_and_axes(encoders):
+  """Of torchvision and of the heads' authors; all others would be a break."""
+  flat = traverse_util.flatten_dict(encoders["neck"].variables, sep="/")
+  conv = flat["params/backbone/layer2_0/downsample_0/kernel"]
+  state = export.torch_state(encoders["neck"])
+  assert_array_equal(
+    state["layer2.0.downsample.0.weight"][:, :, 0, 0], conv[0, 0].T
+  )
+  heads = ["feat_bn.bias", "feat_bn.running_mean", "feat_bn.running_var"]
+  heads += ["feat_bn.weight", "gap.p"]
+  assert sorted(x for x in state if "." in x[:8] and x[0] in "fg") == heads
+  renamed = export.reference_state(encoders["neck"])
+  assert_array_equal(
+    renamed["base.5.0.downsample.0.weight"],
+    state["layer2.0.downsample.0.weight"],
+  )
+  assert {x.split(".")[0] for x in renamed} == {"base", "feat_bn", "gap"}
+  flat = traverse_util.flatten_dict(encoders["stripes"].variables, sep="/")
+  state = export.reference_state(encoders["stripes"])
+  third = "local_pooling.local_conv_list.2"
+  kernel = flat["params/head/stripes/kernel"]
+  assert_array_equal(state[f"{third}.0.weight"], kernel[2].T)
+  mean = flat["batch_stats/head/stripes_bn/mean"]
+  assert_array_equal(state[f"{third}.1.running_mean"], mean[32:48])
+  assert state["CNN.layer4.1.conv2.weight"].shape == (64, 64, 3, 3)
+
+
+def test_mistakes(encoders, tmp_path):
+  encoder, path = encoders["neck"], tmp_path / "encoder.safetensors"
+  with pytest.raises(UserError, match='format="onn": set it to torch or'):
+    export.export(encoder, str(path), "onn")
+  with pytest.raises(UserError, match="where to write to: --output=FILE"):
+    export.export(encoder, "", "torch")
+  with pytest.raises(UserError, match=r"no/x cannot be .*another --output"):
+    export.export(encoder, str(tmp_path / "no" / "x"), "torch")
+  assert not list(tmp_path.iterdir())
+  state = export.torch_state(encoder)
+  for card, line in (
+    (None, "does not say what encoder it is of: pass --config"),
+    ({encode.CARD: "{"}, "its card is damaged"),
+    ({encode.CARD: '{"encoder": 1}'}, "is damaged"),
+    ({encode.CARD: "[]"}, "no JSON object"),
+  ):
+    path.write_bytes(safetensors.numpy.save(state, card))
+    with pytest.raises(UserError, match=line):
+      load_encoder(path)
+
+
+@pytest.mark.usefixtures("two_blocks")
+def test_scores_of_weights(tmp_path, monkeypatch, capsys):
+  """What evaluate_rank makes of the features, and what became of each tensor.
+
+  The encoder is the config's, or the exported one's whatever the config says.
+  """
+  rng = np.random.default_rng(0)
+  train_set, query, gallery = (tiny_split(rng, 16) for _ in range(3))
+  use(monkeypatch, Dataset(train_set, query, gallery))
+  config = cluster_config("cluster_contrast", num_devices=1)
+  state = export.reference_state(draw(config))
+  state |= {"classifier.weight": np.zeros((9, 16), np.float32)}
+  weights = tmp_path / "model_best.pth.tar"
+  weights.write_bytes(safetensors.numpy.save(state))
+  train.score(config, str(tmp_path / "run"), str(weights))
+  with jax.set_mesh(sharding.make_mesh(1)):
+    encoder = load_encoder(weights, make_card(config))
+  q, g = encoder(query.images), encoder(gallery.images)
+  ids = query.pids, gallery.pids, query.camids, gallery.camids
+  want = ranking.evaluate_rank(2 - 2 * q @ g.T, *ids)
+  row = rf"model_best\.pth\.tar +{100 * want.mAP:.1f} +{100 * want.cmc[0]:.1f} "
+  assert re.search(row, capsys.readouterr().out)
+  log = (tmp_path / "run" / "log.txt").read_text()
+  assert f"{weights}: loaded {len(state) - 1} tensors; ignored what" in log
+
+  path = tmp_path / "encoder.safetensors"
+  export.export(encoder, str(path), "torch")
+  config.encoder.pooling = "gem"
+  train.score(config, str(tmp_path / "run"), str(path))
+  assert f" {100 * want.mAP:.1f} " in capsys.readouterr().out

@@ -1,0 +1,149 @@
+"""The table of finished runs: what is averaged, compared and left out."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from configs import cluster_contrast, dhcl_hnm
+from unreid_jax import UserError, results
+from unreid_jax.workdir import sessions
+
+_SESSION = {"hardware": "2 x GPU", "jax": "0.10.2", "commit": "abc"}
+_SESSION |= {"step": 90, "end": 90, "seconds": 60.0}
+
+
+def write_run(path, config, scores, **session):
+  """A workdir with mAP and R1 by step; `session` changes what is noted."""
+  path.mkdir()
+  (path / "config.json").write_text(json.dumps(config.to_dict()))
+  lines = [{"step": 0, "kind": "evaluate", "mAP": 0.99, "R1": 0.99}]
+  for step, (mAP, R1) in scores.items():
+    lines.append({"step": step, "kind": "evaluate", "mAP": mAP, "R1": R1})
+    lines.append({"step": step, "kind": "train", "loss": 1.0})
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (path / "metrics.jsonl").write_text(text)
+  if session is not None:
+    noted = {"sessions": [_SESSION | {"step": 30}, _SESSION | session]}
+    (path / "sessions.json").write_text(json.dumps(noted))
+  return str(path)
+
+
+def market(seed, **changes):
+  config = cluster_contrast.get_config("market1501")
+  config.update_from_flattened_dict(
+    {"seed": seed, "encoder.pretrained": "w/r50.pth"} | changes
+  )
+  return config
+
+
+def table(capsys, *arguments):
+  """What is printed, as a dictionary a row; and what is left out."""
+  results.main(["--format=csv", *arguments])
+  out, left = capsys.readouterr()
+  return list(csv.DictReader(io.StringIO(out))), left
+
+
+def test_seeds_are_averaged_and_compared(tmp_path, capsys):
+  """Best with best; where it ran and how often it reported play no part."""
+  scores = {30: (0.80, 0.91), 60: (0.84, 0.93), 90: (0.82, 0.92)}
+  first = write_run(tmp_path / "a", market(2), scores)
+  elsewhere = {"dataset.root": "/other", "encoder.pretrained": "/x/r50.pth"}
+  other = market(11, num_devices=4, **elsewhere)
+  second = write_run(
+    tmp_path / "b", other, {90: (0.80, 0.90)}, commit=None, seconds=180.0
+  )
+  (row,), left = table(capsys, first, second)
+  assert left == ""
+  assert row == {
+    "method": "cluster_contrast", "data set": "market1501",
+    "encoder": "resnet50, gem, 256x128, r50.pth", "seeds": "2, 11",
+    "last mAP": "81.0", "last mAP sd": "1.4",
+    "last R1": "91.0", "last R1 sd": "1.4",
+    "best mAP": "82.0", "best mAP sd": "2.8",
+    "best R1": "91.5", "best R1 sd": "2.1",
+    "published mAP": "82.1", "published R1": "92.3",
+    "mAP difference": "-0.1", "R1 difference": "-0.8",
+    "source": "Cluster Contrast, README", "time": "3 min 00 s",
+    "hardware": "2 x GPU", "jax": "0.10.2", "commit": "abc, no checkout",
+    "other settings": "none",
+  }  # fmt: skip
+  results.main([first, second])
+  head, rule, line = capsys.readouterr().out.splitlines()
+  assert " 81.0 ± 1.4 | 91.0 ± 1.4 | 82.0 ± 2.8 " in line
+  assert head.count("|") == rule.count("|") == line.count("|") == 19
+
+
+def test_what_is_not_alike_is_not_averaged(tmp_path, capsys):
+  scores = {90: (0.5, 0.6)}
+  for name, changes in (
+    ("a", {}),
+    ("b", {"method.eps": 0.4}),
+    ("c", {"encoder.arch": "resnet50_ibn_a"}),
+    ("d", {"encoder.pretrained": ""}),
+  ):
+    write_run(tmp_path / name, market(0, **changes), scores)
+  rows, _ = table(capsys, *(str(tmp_path / x) for x in "abcd"))
+  assert [(x["other settings"], x["published mAP"]) for x in rows] == [
+    ("method.eps=0.6", "82.1"),
+    ("method.eps=0.4", "82.1"),
+    ("none", "none from random weights"),
+    ("none", "none of this encoder and method"),
+  ]
+  assert {x["last mAP sd"] for x in rows} == {"one run"}
+
+
+def test_empty_cells_say_why(tmp_path, capsys):
+  old = write_run(tmp_path / "a", dhcl_hnm.get_config(), {90: (0.5, 0.6)})
+  (tmp_path / "a" / "sessions.json").unlink()
+  stopped = write_run(tmp_path / "b", market(0), {30: (0.5, 0.6)}, step=30)
+  without = write_run(tmp_path / "c", market(0), {})
+  (row,), left = table(capsys, old, stopped, without)
+  assert row["published mAP"] == "the paper's figures are not known"
+  assert row["time"] == row["hardware"] == row["commit"] == "not noted"
+  assert left.splitlines() == [
+    f"{stopped}: stopped after step 30 of 90, left out",
+    f"{without}: no score of a trained encoder, left out",
+  ]
+  (tmp_path / "a" / "config.json").write_text('{"seed": 1}')
+  assert "earlier version, without method.name" in table(capsys, old)[1]
+
+
+def test_mistakes(tmp_path):
+  with pytest.raises(UserError, match="holds no run: give the workdirs"):
+    results.read_run(str(tmp_path))
+  path = write_run(tmp_path / "a", market(0), {90: (0.5, 0.6)})
+  for text in ("{", "{}", '{"sessions": [{"step": 3}]}'):
+    (tmp_path / "a" / "sessions.json").write_text(text)
+    with pytest.raises(UserError, match=r"sessions\.json is damaged .*delete"):
+      results.read_run(path)
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+  """Of this package's own, not of one that an environment lies in."""
+  package = tmp_path / "env" / "unreid_jax"
+  package.mkdir(parents=True)
+  (package / "__init__.py").touch()
+  monkeypatch.setattr(
+    sessions.unreid_jax, "__file__", str(package / "__init__.py")
+  )
+  assert sessions.commit() is None
+  git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+  run = lambda *x: subprocess.run(
+    git + list(x), check=True, capture_output=True, text=True
+  )
+  run("init")
+  run("commit", "--allow-empty", "-m", "a")
+  assert sessions.commit() is None
+  run("add", ".")
+  run("commit", "-m", "b")
+  full = run("rev-parse", "HEAD").stdout
+  assert full.startswith(sessions.commit())
+  (package / "__init__.py").write_text("changed")
+  assert sessions.commit() == full[:12] + "-dirty"
+  shutil.rmtree(tmp_path / ".git")
+  monkeypatch.setenv("PATH", "")
+  assert sessions.commit() is None

@@ -1,0 +1,203 @@
+"""Finished runs in a table, beside the published figures.
+
+  python -m unreid_jax.results runs/* > table.md
+  python -m unreid_jax.results --format=csv runs/* > table.csv
+
+Runs that differ in nothing but their seeds are one row: mean and standard
+deviation, in percent. "Best" is the best epoch on the test set, which is what
+the authors publish too, so that it is what the difference is taken of.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from unreid_jax import UserError
+from unreid_jax.published import find
+from unreid_jax.workdir import Workdir
+from unreid_jax.workdir.sessions import read_sessions
+from unreid_jax.workdir.writer import duration, read_metrics
+
+# Where a run happens, how often it reports, and what is another seed's.
+_ELSEWHERE = {"seed", "num_devices", "evaluate_batch_size", "evaluate_every"}
+_ELSEWHERE |= {"checkpoint_every", "log_every"}
+_ELSEWHERE |= {"dataset.seed", "dataset.root", "dataset.cache_dir"}
+_NEEDED = ("seed", "method.name", "dataset.name", "dataset.version")
+_NEEDED += ("dataset.height", "dataset.width", "encoder.arch", "encoder.width")
+_NEEDED += ("encoder.head", "encoder.pooling", "encoder.pretrained")
+_SCORES = ("mAP", "R1")
+Row = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run: its config by full paths of keys, scores, sessions."""
+
+  settings: Mapping[str, Any]
+  last: Mapping[str, Any]
+  best: Mapping[str, Any]
+  sessions: Sequence[Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser("python -m unreid_jax.results")
+  parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+  formats = {"markdown": to_markdown, "csv": to_csv}
+  parser.add_argument("--format", choices=formats, default="markdown")
+  options = parser.parse_args(arguments)
+  runs = []
+  for path in options.workdirs:
+    run = read_run(path)
+    if isinstance(run, str):
+      print(f"{path}: {run}, left out", file=sys.stderr)
+    else:
+      runs.append(run)
+  print(formats[options.format](make_rows(runs)), end="")
+
+
+def read_run(path: str) -> Run | str:
+  """The run in a workdir, or why it has no place in a table.
+
+  Raises:
+    UserError: it is no workdir, or damaged.
+  """
+  workdir = Workdir(path)
+  if not workdir.metrics.exists():
+    raise UserError(f"{path} holds no run: give the workdirs of some")
+  settings = dict(_leaves(workdir.stored_config()))
+  if missing := [key for key in _NEEDED if key not in settings]:
+    return f"of an earlier version, without {missing[0]}"
+  weights = pathlib.Path(settings["encoder.pretrained"])
+  settings["encoder.pretrained"] = weights.name  # wherever it lies
+  sessions = read_sessions(workdir)
+  if sessions and sessions[-1]["step"] < sessions[-1]["end"]:
+    step, end = sessions[-1]["step"], sessions[-1]["end"]
+    return f"stopped after step {step:,} of {end:,}"
+  lines = read_metrics(workdir.metrics)
+  scores = [x for x in lines if x["kind"] == "evaluate" and x["step"]]
+  if not scores:
+    return "no score of a trained encoder"
+  best = max(scores, key=lambda x: x["mAP"])
+  return Run(settings, scores[-1], best, sessions)
+
+
+def make_rows(runs: Iterable[Run]) -> list[Row]:
+  """The cells of each row, by the names of the columns."""
+  groups = {}
+  for run in runs:
+    kept = {k: v for k, v in run.settings.items() if k not in _ELSEWHERE}
+    groups.setdefault(repr(sorted(kept.items())), []).append(run)
+  groups = sorted(groups.values(), key=lambda runs: _title(runs[0]))
+  return [_row(runs, groups) for runs in groups]
+
+
+def _row(runs, groups) -> Row:
+  method, dataset, encoder = _title(runs[0])
+  row = {"method": method, "data set": dataset, "encoder": encoder}
+  seeds = sorted(run.settings["seed"] for run in runs)
+  row["seeds"] = ", ".join(map(str, seeds))
+  for which in ("last", "best"):
+    for score in _SCORES:
+      values = [100 * getattr(run, which)[score] for run in runs]
+      mean, sd = statistics.fmean(values), "one run"
+      if len(values) > 1:
+        sd = f"{statistics.stdev(values):.1f}"
+      row |= {f"{which} {score}": f"{mean:.1f}", f"{which} {score} sd": sd}
+  figure, reason = find(runs[0].settings)
+  for score in _SCORES:
+    theirs = figure and getattr(figure, score)
+    row[f"published {score}"] = f"{theirs:.1f}" if figure else reason
+  for score in _SCORES:
+    ours = statistics.fmean(100 * run.best[score] for run in runs)
+    theirs = figure and getattr(figure, score)
+    row[f"{score} difference"] = f"{ours - theirs:+.1f}" if figure else reason
+  row["source"] = figure.source if figure else reason
+  row |= _circumstances(runs)
+  row["other settings"] = _others(runs[0], groups)
+  return row
+
+
+def _circumstances(runs) -> Row:
+  """How long the runs took, on what and with which code."""
+  sessions = [x for run in runs for x in run.sessions]
+  seconds = [sum(x["seconds"] for x in run.sessions) for run in runs]
+  unknown = "not noted"
+  mean = statistics.fmean(seconds)
+  cells = {"time": duration(mean) if all(seconds) else unknown}
+  for key in ("hardware", "jax", "commit"):
+    known = sorted({x[key] or "no checkout" for x in sessions})
+    cells[key] = ", ".join(known) or unknown
+  return cells
+
+
+def _title(run) -> tuple[str, str, str]:
+  """The method, the data set and the encoder of a run."""
+  s = run.settings
+  method, dataset = s["method.name"], s["dataset.name"]
+  if "method.base.name" in s:
+    method += f" over {s['method.base.name']}"
+  dataset += f" {s['dataset.version']}" if s["dataset.version"] else ""
+  width = "" if s["encoder.width"] == 1 else f" x {s['encoder.width']:g}"
+  weights = s["encoder.pretrained"] or "random weights"
+  size = f"{s['dataset.height']}x{s['dataset.width']}"
+  pooling = s["encoder.pooling"] if s["encoder.head"] == "neck" else "stripes"
+  encoder = f"{s['encoder.arch']}{width}, {pooling}, {size}, {weights}"
+  return method, dataset, encoder
+
+
+def _others(run, groups) -> str:
+  """In which settings the rows differ that would look like the same one."""
+  alike = [g[0].settings for g in groups if _title(g[0]) == _title(run)]
+  keys = sorted({key for s in alike for key in s} - _ELSEWHERE)
+  differ = [k for k in keys if len({repr(s.get(k)) for s in alike}) > 1]
+  return ", ".join(f"{k}={run.settings.get(k)}" for k in differ) or "none"
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+  """A table of Markdown, with mean and deviation in one cell."""
+  lines = []
+  for row in rows:
+    cells = {k: v for k, v in row.items() if not k.endswith(" sd")}
+    for key in cells:
+      if (sd := row.get(f"{key} sd", "one run")) != "one run":
+        cells[key] += f" ± {sd}"
+    if not lines:
+      lines += [_line(cells), _line("---" for _ in cells)]
+    lines.append(_line(cells.values()))
+  return "".join(lines)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+  """The same with a column for each deviation."""
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
+
+
+def _line(cells):
+  return f"| {' | '.join(str(x).replace('|', '/') for x in cells)} |\n"
+
+
+def _leaves(section, prefix=""):
+  for key, value in section.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except (UserError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
