@@ -25,7 +25,10 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where the run writes; runs/METHOD_DATASET if empty."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "evaluate"], "evaluate: score the checkpoints."
+  "mode",
+  "train",
+  ["train", "evaluate", "report"],
+  "evaluate: score the checkpoints. report: write WORKDIR/report.html anew.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Call jax.distributed.initialize: several hosts."
@@ -34,6 +37,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
   from unreid_jax import train  # not earlier: it takes seconds
+  from unreid_jax.report import from_workdir
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
@@ -41,10 +45,12 @@ def main(argv: list[str]) -> None:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     if _DISTRIBUTED.value:
       _meet_other_processes()
-    config = _config()
     workdir = _WORKDIR.value
+    knows_its_config = _MODE.value == "report" and workdir
+    config = None if knows_its_config and not _CONFIG.value else _config()
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
     modes = {"train": train.train, "evaluate": train.score}
+    modes["report"] = from_workdir.write
     modes[_MODE.value](config, workdir)
   except UserError as error:
     _fail(error)

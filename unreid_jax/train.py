@@ -8,15 +8,21 @@ import zlib
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, encode, methods, sharding
+from unreid_jax import UserError, data, encode, methods, report, sharding
 from unreid_jax.config import check, check_same, check_weights, resolve
 from unreid_jax.data import sampler
-from unreid_jax.evaluate import evaluate, export_features
+from unreid_jax.evaluate import (
+  Evaluation,
+  by_labels,
+  evaluate,
+  export_features,
+)
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
+from unreid_jax.report.about import made_by
 from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
@@ -25,6 +31,7 @@ from unreid_jax.workdir.checkpoints import (
   check_version,
   find,
   read_card,
+  read_labels,
 )
 from unreid_jax.workdir.writer import Writer
 
@@ -73,6 +80,7 @@ def train(config: ConfigDict, path: str) -> None:
     )
     parts = make_parts(resolve(config, steps_per_epoch))
     card = parts.card | {"train_images": fingerprint(dataset.train)}
+    card["made_by"] = made_by()
     if earlier:
       check_same_images(read_card(earlier), card, earlier)
     # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
@@ -84,8 +92,8 @@ def train(config: ConfigDict, path: str) -> None:
       state = checkpoints.restore("last", like=state)
     step, end = int(state.step), config.epochs * steps_per_epoch
     score_state = lambda state, step: report_scores(
-      parts.encoder(state), parts.distance, dataset, step,
-      config.evaluate_batch_size, writer,
+      parts.encoder(state), parts.distance, dataset, np.array(state.labels),
+      step, config.evaluate_batch_size, writer,
     )  # fmt: skip
     writer.resume(step)
     checkpoints.forget("best", after=step)
@@ -95,7 +103,7 @@ def train(config: ConfigDict, path: str) -> None:
       checkpoints.forget("last", after=-1)
       checkpoints.save("last", 0, card, state)
       if dataset.query is not None:
-        writer.write(0, "evaluate", score_state(state, 0))
+        writer.write(0, "evaluate", score_state(state, 0).scores)
 
     copies = NamedSharding(mesh, sharding.COPY)
     key, method_key = jax.device_put(keys(config.seed), copies)
@@ -114,6 +122,7 @@ def train(config: ConfigDict, path: str) -> None:
           parts, state, refresh, dataset.train, method_key, writer
         )
       labels = np.array(state.labels)  # the step gives the state away
+      found = None
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
       pause = min(end, *(step - step % every + every for every in pauses))
       rows_of_steps = plan(labels, camids, epoch)[done : done + pause - step]
@@ -134,14 +143,20 @@ def train(config: ConfigDict, path: str) -> None:
       if step % steps_per_epoch == 0:
         report_epoch(parts, state, writer)
       if step == end or step % due["evaluate"] == 0:
-        scores = score_state(state, step)
-        if scores:
-          if is_best(scores, writer.history("evaluate")):
-            checkpoints.save("best", step, card, state)
-          writer.write(step, "evaluate", scores)
+        found = score_state(state, step)
+        if found.scores:
+          if is_best(found.scores, writer.history("evaluate")):
+            checkpoints.save("best", step, card | found.card, state)
+          writer.write(step, "evaluate", found.scores)
       stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
-        checkpoints.save("last", step, card, state)
+        scored = found.card if found else {}
+        checkpoints.save("last", step, card | scored, state)
+      if found and config.report:
+        report.write(
+          parts.encoder(state), parts.distance, dataset, labels, found, step,
+          parts.config, writer,
+        )  # fmt: skip
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
@@ -175,10 +190,11 @@ def score(config: ConfigDict, path: str) -> None:
       encoder = encode.load_encoder(found)
       dataset = dataset or load_test_set(config, encoder)
       batch_size, step = config.evaluate_batch_size, int(found.name)
-      scores = report_scores(
-        encoder, distance, dataset, step, batch_size, writer
+      labels = read_labels(found)
+      result = report_scores(
+        encoder, distance, dataset, labels, step, batch_size, writer
       )
-      rows[found.name] = {"step": step} | scores
+      rows[found.name] = {"step": step} | result.scores
     writer.table(list(rows.values()))
 
 
@@ -194,20 +210,21 @@ def report_scores(
   encoder: encode.Encoder,
   distance: methods.Distance,
   dataset: data.Dataset,
+  labels: Int[np.ndarray, " n"],
   step: int,
   batch_size: int,
   writer: Writer,
-) -> dict[str, float]:
+) -> Evaluation:
   """Scores an encoder; without queries, exports the train set's features."""
   if dataset.query is None:
     path = writer.workdir.features
-    export_features(encoder, dataset.train, batch_size, path)
+    features = export_features(encoder, dataset.train, batch_size, path)
     writer.log(f"{f'step {step}':<20}features are in {path}")
-    return {}
-  scores = evaluate(encoder, distance, dataset, batch_size)
-  text = "  ".join(f"{name} {100 * x:.1f}" for name, x in scores.items())
+    return by_labels(features, labels, dataset.train.camids)
+  found = evaluate(encoder, distance, dataset, batch_size)
+  text = "  ".join(f"{name} {100 * x:.1f}" for name, x in found.scores.items())
   writer.log(f"{f'step {step}':<20}{text}")
-  return scores
+  return found
 
 
 def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:
