@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 import traceback
+from inspect import signature
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -27,12 +28,22 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "evaluate", "report"],
-  "evaluate: score the checkpoints. report: write WORKDIR/report.html anew.",
+  ["train", "evaluate", "report", "encode", "search", "verify"],
+  "evaluate: score the checkpoints. report: write WORKDIR/report.html anew. "
+  "encode, search, verify: use the encoder of --checkpoint.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Call jax.distributed.initialize: several hosts."
 )
+flags.DEFINE_string("checkpoint", "", "A workdir, or in it one.")
+flags.DEFINE_string("images", "", "encode: the folder of the images.")
+flags.DEFINE_string("query", "", "search, verify: an image; search: a folder.")
+flags.DEFINE_string("gallery", "", "search: a folder; verify: an image.")
+flags.DEFINE_list("output", [], "encode, search: files, by their endings.")
+flags.DEFINE_integer("top", 10, "search: how many images are shown.", 1)
+flags.DEFINE_bool("rerank", False, "search: by k-reciprocal re-ranking.")
+flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
+flags.DEFINE_string("cache_dir", "", "Where features are kept.")
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +54,8 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
+    if _MODE.value in ("encode", "search", "verify"):
+      return _use_encoder(_MODE.value)
     if _DISTRIBUTED.value:
       _meet_other_processes()
     workdir = _WORKDIR.value
@@ -69,6 +82,23 @@ def main(argv: list[str]) -> None:
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
+
+
+def _use_encoder(mode):
+  """Runs a mode of `commands`; its arguments are the options it takes."""
+  from unreid_jax import commands
+
+  run = {"search": commands.find}.get(mode) or getattr(commands, mode)
+  options = {name: flags.FLAGS[name] for name in signature(run).parameters}
+  for name, flag in options.items():
+    if not flag.present and name in (
+      "checkpoint",
+      "images",
+      "query",
+      "gallery",
+    ):
+      raise UserError(f"--mode={mode} needs --{name}")
+  run(**{name: flag.value for name, flag in options.items()})
 
 
 def _meet_other_processes():

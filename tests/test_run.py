@@ -102,6 +102,15 @@ def run_command(arguments, log):
     (["--config.optim.lr=x"], "error: flag --config.optim.lr=x: could not"),
     (["--mode=evaluate"], "error: "),
     (["train"], "error: what is 'train'?"),
+    (["--mode=search"], "error: --mode=search needs --checkpoint"),
+    (
+      ["--mode=encode", "--checkpoint=.", "--images=.", "--output=x.txt"],
+      "error: --output=x.txt: end it in .parquet or .npz or .npy",
+    ),
+    (
+      ["--mode=verify", "--checkpoint=none", "--query=a", "--gallery=b"],
+      "error: --checkpoint=none is no folder: check the path",
+    ),
   ],
 )
 def test_mistakes(tmp_path, arguments, line):

@@ -79,6 +79,16 @@ def check_name(path: Path, name: str) -> None:
     raise UserError(f"{str(path)!a} has a name that is not text: rename it")
 
 
+def camera_in(name: str) -> str:
+  """The camera that the path of an image names, if it names one.
+
+  That is the 3 of 0002_c3s1_000451.jpg, or else the first sub-folder.
+  """
+  folder, _, _ = name.rpartition("/")
+  found = re.search(r"_c(\d+)", name.rpartition("/")[2])
+  return found[1] if found else folder.partition("/")[0]
+
+
 def fingerprint(files: Sequence[File]) -> str:
   """Sixteen hex digits that change when a file is added, renamed or changed.
 
@@ -87,11 +97,11 @@ def fingerprint(files: Sequence[File]) -> str:
   """
   digest = hashlib.sha256()
   for *labels, path in files:
-    digest.update(repr((*labels, _state(path))).encode())
+    digest.update(repr((*labels, state(path))).encode())
   return digest.hexdigest()[:16]
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def state(path: Path) -> tuple[int, ...]:
   """The size of a file in bytes, and what changes with its content."""
   try:
     if isinstance(path, zipfile.Path):
@@ -110,19 +120,20 @@ def _state(path: Path) -> tuple[int, ...]:
   return info.st_size, info.st_mtime_ns
 
 
-def files_in(root: str) -> list[File]:
+def files_in(root: str, key: str = "dataset.root") -> list[File]:
   """Every image below a folder; the first sub-folder is its camera, from 1.
 
-  Links to folders are followed, hidden folders are not looked into.
+  Links to folders are followed, hidden folders are not looked into. `key` is
+  what sets the folder.
 
   Raises:
     UserError: there is no image, a folder cannot be read, a link leads nowhere,
       or two links lead to the same folder.
   """
-  folder = expand(root, "dataset.root")
+  folder = expand(root, key)
   if not root or not folder.is_dir():
     fix = "set it to a directory of crops"
-    raise UserError(f'dataset.root="{root}" is no folder: {fix}')
+    raise UserError(f'{key}="{root}" is no folder: {fix}')
   paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
@@ -174,7 +185,7 @@ def decode(
     CorruptImage: what is in the file is no image, or a damaged one.
     UserError: the file cannot be read; it may be healthy.
   """
-  size = _state(path)[0]
+  size = state(path)[0]
   if size > _TOO_MANY_BYTES:
     raise CorruptImage(f"{path} has {size / 1e9:.1f} GB, which is no crop")
   if if_small and size > _MANY_BYTES:

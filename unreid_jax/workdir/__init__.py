@@ -128,22 +128,27 @@ def read_json(text: bytes, where: Any, advice: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def named(path: pathlib.Path) -> Iterator[None]:
-  """Within it, what the system refuses to write is a user's mistake."""
+def named(path: pathlib.Path, option: str = "--workdir") -> Iterator[None]:
+  """Within it, what the system refuses to write is a user's mistake.
+
+  The option is the one that says where to write.
+  """
   try:
     yield
   except OSError as error:
     raise UserError(
       f"{path} cannot be written ({error.strerror or error}): mend that, or "
-      "choose another --workdir"
+      f"choose another {option}"
     ) from None
 
 
 @contextlib.contextmanager
-def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+def whole_file(
+  path: pathlib.Path, option: str = "--workdir"
+) -> Iterator[BinaryIO]:
   """Writes a file that, whatever happens, is the old one or the new one."""
   partial = path.with_suffix(".partial")
-  with named(path):
+  with named(path, option):
     try:
       with open(partial, "wb") as file:
         yield file
