@@ -20,7 +20,7 @@ import rich.progress
 from PIL import Image
 
 from unreid_jax import UserError, gallery, progress, report, search
-from unreid_jax.data.images import camera_in
+from unreid_jax.data.folder import camera_in
 from unreid_jax.encode import flat, load_encoder
 from unreid_jax.gallery import Gallery
 from unreid_jax.report.crops import Crop, Row, picture
@@ -142,7 +142,9 @@ def _page(results) -> str:
 
 def _crop(path, mark, text):
   with Image.open(path) as image:
-    return Crop(picture(image), f"{pathlib.Path(path).name} {text}", mark)
+    return Crop(
+      picture(image), f"{pathlib.Path(path).name} {text}".strip(), mark
+    )
 
 
 def _update(folder, option, encoder, cache_dir) -> Gallery:

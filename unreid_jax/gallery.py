@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from unreid_jax import progress, values
 from unreid_jax.data import images
+from unreid_jax.data.folder import files_in
 from unreid_jax.encode import Encoder, flat
 from unreid_jax.workdir import named
 
@@ -76,7 +77,7 @@ def update(
     UserError: there is no image, a file cannot be read, or the features cannot
       be kept.
   """
-  files = images.files_in(os.fspath(folder), "folder")
+  files = files_in(os.fspath(folder), "folder")
   folder = values.expand(folder, "folder").resolve()
   cache = values.expand(cache_dir or "~/.cache/unreid_jax", "--cache_dir")
   name = (

@@ -63,6 +63,11 @@ def train(config: ConfigDict, path: str) -> None:
       check_weights(config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
+    if dataset.train is None:
+      raise UserError(
+        f"{config.dataset.root} holds no folder train: add one with the images "
+        "to be trained on"
+      )
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
     if len(images) < config.batch_size:
