@@ -48,7 +48,6 @@ flags.DEFINE_string("cache_dir", "", "Where features are kept.")
 
 def main(argv: list[str]) -> None:
   from unreid_jax import train  # not earlier: it takes seconds
-  from unreid_jax.report import from_workdir
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
   try:
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> None:
     knows_its_config = _MODE.value == "report" and workdir
     config = None if knows_its_config and not _CONFIG.value else _config()
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
-    modes = {"train": train.train, "evaluate": train.score}
-    modes["report"] = from_workdir.write
+    modes = {"train": train.train, "evaluate": train.score, "report": _report}
     modes[_MODE.value](config, workdir)
   except UserError as error:
     _fail(error)
@@ -82,6 +80,12 @@ def main(argv: list[str]) -> None:
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
+
+
+def _report(config, workdir):
+  from unreid_jax.report import from_workdir
+
+  from_workdir.write(config, workdir)
 
 
 def _use_encoder(mode):

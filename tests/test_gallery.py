@@ -127,7 +127,7 @@ def test_a_file_that_is_no_image(folder, update):
 def test_rank_equals_a_sort(monkeypatch, block):
   monkeypatch.setattr(search, "_BLOCK", block)
   rng = np.random.default_rng(0)
-  query, images = (rng.integers(-3, 4, (n, 3)).astype(float) for n in (5, 60))
+  query, images = (rng.integers(-3, 4, (n, 3)) + 0.5 for n in (5, 60))
   images[40:] = images[:20]  # of equal ones the first comes first
   hits = search.rank(query, images, 9)
   similarity = query @ images.T
@@ -137,6 +137,11 @@ def test_rank_equals_a_sort(monkeypatch, block):
     hits.similarity, np.take_along_axis(similarity, want, axis=1)
   )
   assert search.rank(query, images[:4]).rows.shape == (5, 4)
+  kinds = {"global": images, "local": images[:, None]}
+  both = {name: x[:5] for name, x in kinds.items()}
+  np.testing.assert_array_equal(
+    search.rank(both, kinds).rows, search.rank(flat(both), flat(kinds)).rows
+  )
   with pytest.raises(UserError, match=r"gallery has the shape \(60, 2\), but"):
     search.rank(query, images[:, :2])
   with pytest.raises(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from unreid_jax import UserError, values
 from unreid_jax.arrays import checked
+from unreid_jax.encode import flat
 from unreid_jax.gallery import Gallery
 from unreid_jax.reranking import rerank as rerank_distances
 
@@ -28,20 +29,21 @@ class Hits(NamedTuple):
 
 @checked
 def rank(
-  query: Float[np.ndarray, "q d"],
-  gallery: Float[np.ndarray, "g d"] | Gallery,
+  query: Float[np.ndarray, "q d"] | dict,
+  gallery: Float[np.ndarray, "g d"] | dict | Gallery,
   top: values.Count = 10,
 ) -> Hits:
   """The nearest images of a gallery, exactly, in memory that does not grow.
 
   Args:
-    query: unit features, as `encode.flat` makes them.
-    gallery: the same of the gallery.
+    query: unit features, as an encoder gives them.
+    gallery: the same of the gallery; or a folder's, see `gallery.update`.
     top: how many images are wanted for each query.
 
   Raises:
     UserError: shapes differ, a number is not finite, or top is below 1.
   """
+  query, gallery = flat(query), _flat(gallery)
   near = np.zeros((len(query), 0), query.dtype)
   rows = np.zeros(near.shape, np.int64)
   for start in range(0, len(gallery), _BLOCK):
@@ -61,8 +63,8 @@ def rank(
 
 @checked
 def rerank(
-  query: Float[np.ndarray, "q d"],
-  gallery: Float[np.ndarray, "g d"] | Gallery,
+  query: Float[np.ndarray, "q d"] | dict,
+  gallery: Float[np.ndarray, "g d"] | dict | Gallery,
   top: values.Count = 10,
 ) -> Hits:
   """The nearest images by k-reciprocal re-ranking of the 500 nearest ones.
@@ -71,10 +73,10 @@ def rerank(
   500 nearest images.
 
   Args:
-    query: unit features.
-    gallery: the same of the gallery.
+    query, gallery: see `rank`.
     top: how many images are wanted for each query.
   """
+  query, gallery = flat(query), _flat(gallery)
   found = rank(query, gallery, max(top, _CANDIDATES))
   rows, near = [], []
   for one, candidates, similarity in zip(query, *found, strict=True):
@@ -83,3 +85,7 @@ def rerank(
     rows.append(candidates[order[:top]])
     near.append(similarity[order[:top]])
   return Hits(np.stack(rows), np.stack(near))
+
+
+def _flat(gallery):
+  return gallery if isinstance(gallery, Gallery) else flat(gallery)

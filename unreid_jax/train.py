@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, encode, methods, report, sharding
+from unreid_jax import UserError, data, encode, methods, sharding
+from unreid_jax.about import made_by
 from unreid_jax.config import check, check_same, check_weights, resolve
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import (
@@ -22,7 +23,6 @@ from unreid_jax.evaluate import (
 )
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
-from unreid_jax.report.about import made_by
 from unreid_jax.state import Parts, TrainState, first_state, keys, make_parts
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
@@ -158,6 +158,8 @@ def train(config: ConfigDict, path: str) -> None:
         scored = found.card if found else {}
         checkpoints.save("last", step, card | scored, state)
       if found and config.report:
+        from unreid_jax import report  # not earlier: it takes a second
+
         report.write(
           parts.encoder(state), parts.distance, dataset, labels, found, step,
           parts.config, writer,
