@@ -9,12 +9,12 @@ from unreid_jax import UserError, preemption
 if __name__ == "__main__":
   preemption.exit_on_signals()  # they count while the rest is imported, too
 
+import inspect
 import os
 import pathlib
 import re
 import sys
 import traceback
-from inspect import signature
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -35,15 +35,17 @@ _MODE = flags.DEFINE_enum(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Call jax.distributed.initialize: several hosts."
 )
-flags.DEFINE_string("checkpoint", "", "A workdir, or in it one.")
-flags.DEFINE_string("images", "", "encode: the folder of the images.")
-flags.DEFINE_string("query", "", "search, verify: an image; search: a folder.")
-flags.DEFINE_string("gallery", "", "search: a folder; verify: an image.")
-flags.DEFINE_list("output", [], "encode, search: files, by their endings.")
-flags.DEFINE_integer("top", 10, "search: how many images are shown.", 1)
-flags.DEFINE_bool("rerank", False, "search: by k-reciprocal re-ranking.")
+flags.DEFINE_string("checkpoint", None, "A workdir, or in it one.")
+flags.DEFINE_string("images", None, "encode: the folder of the images.")
+flags.DEFINE_string(
+  "query", None, "search, verify: an image; search: a folder."
+)
+flags.DEFINE_string("gallery", None, "search: a folder; verify: an image.")
+flags.DEFINE_list("output", None, "encode, search: files, by their endings.")
+flags.DEFINE_integer("top", None, "search: how many images are shown; 10.", 1)
+flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
 flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
-flags.DEFINE_string("cache_dir", "", "Where features are kept.")
+flags.DEFINE_string("cache_dir", None, "Where features are kept.")
 
 
 def main(argv: list[str]) -> None:
@@ -92,17 +94,15 @@ def _use_encoder(mode):
   """Runs a mode of `commands`; its arguments are the options it takes."""
   from unreid_jax import commands
 
-  run = {"search": commands.find}.get(mode) or getattr(commands, mode)
-  options = {name: flags.FLAGS[name] for name in signature(run).parameters}
-  for name, flag in options.items():
-    if not flag.present and name in (
-      "checkpoint",
-      "images",
-      "query",
-      "gallery",
-    ):
+  run = getattr(commands, mode)
+  takes = inspect.signature(run).parameters
+  given = {
+    name: flags.FLAGS[name] for name in takes if flags.FLAGS[name].present
+  }
+  for name in takes:
+    if name not in given and takes[name].default is inspect.Parameter.empty:
       raise UserError(f"--mode={mode} needs --{name}")
-  run(**{name: flag.value for name, flag in options.items()})
+  run(**{name: flag.value for name, flag in given.items()})
 
 
 def _meet_other_processes():

@@ -11,7 +11,15 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from unreid_jax import UserError, commands, gallery, ranking, search, sharding
+from unreid_jax import (
+  UserError,
+  commands,
+  feature_files,
+  gallery,
+  ranking,
+  search,
+  sharding,
+)
 from unreid_jax.encode import Encoder, flat
 from unreid_jax.verification import RATES
 
@@ -170,7 +178,7 @@ def test_modes(folder, monkeypatch, capsys):
   card = {"threshold": 1.0, "source": "these", "same": steps}
   encoder.card["same_person"] = card | {"different": steps}
   monkeypatch.setattr(commands, "load_encoder", lambda path: encoder)
-  monkeypatch.setattr(commands, "_BLOCK", 4)
+  monkeypatch.setattr(feature_files, "_BLOCK", 4)
   out, cache = folder.parent, str(folder.parent / "cache")
   names = [str(out / f"f.{kind}") for kind in ("parquet", "npz", "npy")]
   commands.encode(".", str(folder), names, cache)
@@ -189,14 +197,14 @@ def test_modes(folder, monkeypatch, capsys):
   page = [str(out / f"hits.{kind}") for kind in ("json", "html")]
   query = paths[3]
   capsys.readouterr()
-  commands.find(".", str(query), str(folder), 4, False, page, cache)
+  commands.search(".", str(query), str(folder), 4, False, page, cache)
   (result,) = json.loads((out / "hits.json").read_text())
   order = np.argsort(-features @ features[3], kind="stable")[:4]
   assert [x["image"] for x in result["hits"]] == [str(paths[i]) for i in order]
   printed = capsys.readouterr().out.splitlines()
   assert printed[0] == str(query) and printed[1].endswith(f"same   {query}")
   assert (out / "hits.html").read_text().count("<img ") == 5
-  commands.find(".", str(folder), str(folder), 1, True, page[:1], cache)
+  commands.search(".", str(folder), str(folder), 1, True, page[:1], cache)
   results = json.loads((out / "hits.json").read_text())
   assert [x["query"] for x in results] == [str(path) for path in paths]
 

@@ -4,58 +4,52 @@ Each function is a mode, and its arguments are options of run.py.
 """
 
 import contextlib
-import csv
-import io
 import json
 import pathlib
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import rich.console
 import rich.progress
 from PIL import Image
 
-from unreid_jax import UserError, gallery, progress, report, search
-from unreid_jax.data.folder import camera_in
+from unreid_jax import UserError, gallery, progress, report
+from unreid_jax import search as searching
 from unreid_jax.encode import flat, load_encoder
+from unreid_jax.feature_files import WRITERS
 from unreid_jax.gallery import Gallery
 from unreid_jax.report.crops import Crop, Row, picture
 from unreid_jax.values import expand
 from unreid_jax.verification import decide
 from unreid_jax.workdir import whole_file
 
-_BLOCK = 4096  # features that are written at a time
-
 
 def encode(
-  checkpoint: str, images: str, output: Sequence[str], cache_dir: str
+  checkpoint: str, images: str, output: Sequence[str], cache_dir: str = ""
 ) -> None:
   """Writes names, cameras and features of all images below a folder.
 
   An output is a .parquet, an .npz, or an .npy with a .csv beside it. When it is
   interrupted, the same command goes on; memory does not grow with the features.
   """
-  outputs = _outputs(output, _WRITERS)
+  outputs = _outputs(output, WRITERS)
   encoder = load_encoder(_folder(checkpoint, "--checkpoint"))
   with _shown():
     found = _update(images, "--images", encoder, cache_dir)
   for path in outputs:
-    _WRITERS[path.suffix](found, path)
+    WRITERS[path.suffix](found, path)
     _say(f"{len(found):,} features of {found.stored.shape[1]} numbers: {path}")
 
 
-def find(
+def search(
   checkpoint: str,
   query: str,
   gallery: str,
-  top: int,
-  rerank: bool,
-  output: Sequence[str],
-  cache_dir: str,
+  top: int = 10,
+  rerank: bool = False,
+  output: Sequence[str] = (),
+  cache_dir: str = "",
 ) -> None:
   """Shows the images of a gallery that are nearest to a query, or to each.
 
@@ -72,7 +66,7 @@ def find(
     else:
       paths = [expand(query, "--query")]
       features = flat(encoder(paths))
-  near = search.rerank if rerank else search.rank
+  near = searching.rerank if rerank else searching.rank
   hits = near(features[:], images, top)
   card = encoder.card.get("same_person")
   results = [
@@ -92,7 +86,7 @@ def find(
 
 
 def verify(
-  checkpoint: str, query: str, gallery: str, far: float | None
+  checkpoint: str, query: str, gallery: str, far: float | None = None
 ) -> None:
   """Says whether two images show the same person, and how sure that is."""
   encoder = load_encoder(_folder(checkpoint, "--checkpoint"))
@@ -102,8 +96,8 @@ def verify(
   source = encoder.threshold()["source"]
   print("the same person" if same else "another person")
   print(f"squared distance {distance:.3f}; measured on {source}:")
-  print(f"{100 * accepted:.2g} % of the pairs of different people are as near,")
-  print(f"{100 * rejected:.2g} % of the pairs of one person are as far")
+  print(f"{100 * accepted:.3g} % of the pairs of different people are as near,")
+  print(f"{100 * rejected:.3g} % of the pairs of one person are as far")
 
 
 def _hits(images, rows, similarity, card) -> Iterator[dict]:
@@ -174,65 +168,6 @@ def _outputs(paths, endings) -> list[pathlib.Path]:
       raise UserError(f"--output={path}: end it in {' or '.join(endings)}")
     _folder(path.parent, "--output's folder")
   return paths
-
-
-def _blocks(found: Gallery):
-  for start in range(0, len(found), _BLOCK):
-    yield start, found[start : start + _BLOCK]
-
-
-def _write_array(found, file) -> None:
-  """The features as a file of numpy, block after block."""
-  shape = len(found), found.stored.shape[1]
-  header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-  np.lib.format.write_array_header_1_0(file, header)
-  for _, block in _blocks(found):
-    file.write(np.ascontiguousarray(block))
-
-
-def _write_npy(found, path) -> None:
-  with whole_file(path, "--output") as file:
-    _write_array(found, file)
-  with whole_file(path.with_suffix(".csv"), "--output") as file:
-    lines = csv.writer(io.TextIOWrapper(file, "utf-8", write_through=True))
-    lines.writerow(("name", "camera"))
-    lines.writerows((name, camera_in(name)) for name in found.names)
-
-
-def _write_npz(found, path) -> None:
-  texts = {"names": found.names, "cameras": [*map(camera_in, found.names)]}
-  with (
-    whole_file(path, "--output") as file,
-    zipfile.ZipFile(file, "w") as archive,
-  ):
-    for name, values in texts.items():
-      with archive.open(f"{name}.npy", "w", force_zip64=True) as part:
-        np.lib.format.write_array(part, np.array(values))
-    with archive.open("features.npy", "w", force_zip64=True) as part:
-      _write_array(found, part)
-
-
-def _write_parquet(found, path) -> None:
-  width = found.stored.shape[1]
-  kinds = {"name": pa.string(), "camera": pa.string()}
-  schema = pa.schema(kinds | {"features": pa.list_(pa.float32(), width)})
-  with (
-    whole_file(path, "--output") as file,
-    pq.ParquetWriter(file, schema) as writer,
-  ):
-    for start, block in _blocks(found):
-      names = found.names[start : start + len(block)]
-      rows = pa.array(np.asarray(block).reshape(-1))
-      rows = pa.FixedSizeListArray.from_arrays(rows, width)
-      columns = [pa.array(names), pa.array(map(camera_in, names)), rows]
-      writer.write_table(pa.table(columns, schema=schema))
-
-
-_WRITERS = {
-  ".parquet": _write_parquet,
-  ".npz": _write_npz,
-  ".npy": _write_npy,
-}
 
 
 @contextlib.contextmanager

@@ -19,10 +19,9 @@ from unreid_jax.data import Dataset
 from unreid_jax.encode import Encoder, flat
 from unreid_jax.evaluate import Evaluation, by_labels
 from unreid_jax.methods import Distance
-from unreid_jax.report import charts, clusters, curves, ranks
+from unreid_jax.report import charts, clusters, curves, pairs, ranks
 from unreid_jax.report.charts import Chart
 from unreid_jax.report.crops import MARKS, Row
-from unreid_jax.verification import RATES, decide
 from unreid_jax.workdir import Workdir, whole_file
 from unreid_jax.workdir.writer import Writer
 
@@ -80,11 +79,12 @@ def write(
   card = found.card or mapped.card
   if jax.process_index() > 0:
     return card
+  same, distances = pairs.describe(card, mapped.card)
   parts = [_scores(history["evaluate"])]
   if ranked:
     parts += _ranked(ranked, *query_and_gallery)
   parts += [
-    _verification(card, mapped.card),
+    Part("same", "Same person?", same, charts=distances),
     _curves(history, config, writer.workdir),
     Part("method", "The method's own figures", charts=curves.own(history)),
     _clusters(dataset, labels),
@@ -139,58 +139,17 @@ def _percent(value):
 
 
 def _ranked(ranked, query, gallery) -> list[Part]:
-  text, pairs = ranks.confusions(ranked, query, gallery)
+  text, people = ranks.confusions(ranked, query, gallery)
   lists = ranks.lists(ranked, query, gallery)
   legend = (
     "Each list begins with the query; then come the nearest gallery images. "
     "Images of its person under its own camera are not counted."
   )
-  pairs = {"The most frequent ones": pairs} if pairs else {}
+  people = {"The most frequent ones": people} if people else {}
   return [
-    Part("confused", "Who is taken for whom", [text], rows=pairs),
+    Part("confused", "Who is taken for whom", [text], rows=people),
     Part("ranked", "Ranked lists", [legend], rows=lists),
   ]
-
-
-def _verification(card, estimated) -> Part:
-  """How well a threshold tells, and how well the labels would have set it."""
-  card = card.get("same_person")
-  if not card:
-    return Part("same", "Same person?")
-  threshold = card["threshold"]
-  found = decide(np.array([threshold]), card)
-  text = [
-    f"By the {card['source']}: at a squared distance of {threshold:.3f} "
-    f"(cosine similarity {1 - threshold / 2:.3f}) "
-    f"{100 * found.far[0]:.1f} % of the pairs of different people pass for one "
-    f"person, and {100 * found.frr[0]:.1f} % of the pairs of one person do not."
-  ]
-  marks = {"threshold": threshold}
-  estimated = estimated.get("same_person")
-  if estimated and estimated["source"] != card["source"]:
-    marks["estimated"] = value = estimated["threshold"]
-    there = decide(np.array([value]), card)
-    text.append(
-      f"The {estimated['source']} of the train set would have set it to "
-      f"{value:.3f}, with error rates of {100 * there.far[0]:.1f} % and "
-      f"{100 * there.frr[0]:.1f} %."
-    )
-  draws = np.linspace(0.0005, 0.9995, 4000)
-  names = {"same": "same person", "different": "different people"}
-  values = {
-    name: np.interp(draws, RATES, card[key]) for key, name in names.items()
-  }
-  rates = np.geomspace(1e-5, 1, 60)
-  at = np.interp(rates, RATES, card["different"])
-  tar = np.interp(at, card["same"], RATES, left=0)
-  roc = {"TAR": (rates.tolist(), tar.tolist())}
-  label = "squared distance"
-  title = "False and true accept rates (ROC)"
-  drawn = [
-    charts.histograms("Distances of pairs", values, label, marks),
-    charts.lines(title, roc, "FAR", "TAR", log_x=True),
-  ]
-  return Part("same", "Same person?", text, charts=drawn)
 
 
 def _curves(history, config, workdir: Workdir) -> Part:

@@ -41,7 +41,7 @@ def write(config: ConfigDict | None, path: str) -> None:
     writer = stack.enter_context(Writer(workdir))
     size = {name: encoder.card[name] for name in ("height", "width")}
     dataset = data.load(**config.dataset.to_dict() | size)
-    num = len(dataset.train.names)
+    num = len(dataset.train.names) if dataset.train else 0
     if num != len(labels):
       raise UserError(
         f"{checkpoint} was trained on {len(labels)} images, and the data set "
