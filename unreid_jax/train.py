@@ -31,7 +31,6 @@ from unreid_jax.workdir.checkpoints import (
   check_version,
   find,
   read_card,
-  read_labels,
 )
 from unreid_jax.workdir.writer import Writer
 
@@ -197,9 +196,8 @@ def score(config: ConfigDict, path: str) -> None:
       encoder = encode.load_encoder(found)
       dataset = dataset or load_test_set(config, encoder)
       batch_size, step = config.evaluate_batch_size, int(found.name)
-      labels = read_labels(found)
       result = report_scores(
-        encoder, distance, dataset, labels, step, batch_size, writer
+        encoder, distance, dataset, None, step, batch_size, writer
       )
       rows[found.name] = {"step": step} | result.scores
     writer.table(list(rows.values()))
@@ -217,16 +215,21 @@ def report_scores(
   encoder: encode.Encoder,
   distance: methods.Distance,
   dataset: data.Dataset,
-  labels: Int[np.ndarray, " n"],
+  labels: Int[np.ndarray, " n"] | None,
   step: int,
   batch_size: int,
   writer: Writer,
 ) -> Evaluation:
-  """Scores an encoder; without queries, exports the train set's features."""
+  """Scores an encoder; without queries, exports the train set's features.
+
+  Then its pseudo labels, if they are given, set the encoder's threshold.
+  """
   if dataset.query is None:
     path = writer.workdir.features
     features = export_features(encoder, dataset.train, batch_size, path)
     writer.log(f"{f'step {step}':<20}features are in {path}")
+    if labels is None:
+      return Evaluation({}, {})
     return by_labels(features, labels, dataset.train.camids)
   found = evaluate(encoder, distance, dataset, batch_size)
   text = "  ".join(f"{name} {100 * x:.1f}" for name, x in found.scores.items())

@@ -21,6 +21,7 @@ from unreid_jax.arrays import checked
 
 LARGEST = 4.0  # the largest squared distance of unit vectors
 _BINS = 2**16
+_AT_ONCE = 2**20  # pairs, which bounds the memory
 # The rates at which a card knows the distance; 0 is that of the nearest pair.
 RATES = (0.0, 1e-5, 1e-4, 1e-3, *np.linspace(0.01, 1, 100).round(2).tolist())
 
@@ -142,11 +143,15 @@ def count_pairs(
   """
   if np.isnan(distances).any():
     raise UserError("distances has a NaN: the features are not finite")
-  is_same = query_pids[:, None] == gallery_pids
-  is_counted = ~is_same | (query_camids[:, None] != gallery_camids)
-  bins = (distances * (_BINS / LARGEST)).clip(0, _BINS - 1).astype(np.int32)
-  bins += is_same * np.int32(_BINS)
-  counts = np.bincount(bins[is_counted], minlength=2 * _BINS)
+  counts = np.zeros(2 * _BINS, int)
+  at_once = max(1, _AT_ONCE // max(len(gallery_pids), 1))
+  for start in range(0, len(distances), at_once):
+    of = slice(start, start + at_once)
+    is_same = query_pids[of, None] == gallery_pids
+    is_counted = ~is_same | (query_camids[of, None] != gallery_camids)
+    bins = (distances[of] * (_BINS / LARGEST)).clip(0, _BINS - 1)
+    bins = bins.astype(np.int32) + is_same * np.int32(_BINS)
+    counts += np.bincount(bins[is_counted], minlength=2 * _BINS)
   return Pairs(same=counts[_BINS:], different=counts[:_BINS])
 
 

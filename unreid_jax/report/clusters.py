@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from unreid_jax.data import Split
 from unreid_jax.report.crops import Row, crop
@@ -102,6 +103,6 @@ def place(features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m 2"]:
     return np.zeros((num, 2), np.float32)
   perplexity = min(20, (num - 1) / 3)
   pca = "pca" if min(features.shape) >= 2 else "random"
-  return TSNE(
-    init=pca, perplexity=perplexity, max_iter=500, random_state=0
-  ).fit_transform(features)
+  layout = TSNE(init=pca, perplexity=perplexity, max_iter=500, random_state=0)
+  with threadpool_limits(1):  # on busy cores its threads wait for each other
+    return layout.fit_transform(features)
