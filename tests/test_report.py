@@ -8,6 +8,7 @@ import pytest
 from test_train import cluster_config, tiny_split, use
 
 from unreid_jax import UserError, encode, load_encoder, train
+from unreid_jax.about import made_by
 from unreid_jax.data import Dataset
 from unreid_jax.models.backbones import resnet
 from unreid_jax.report import charts, clusters, curves, from_workdir
@@ -95,6 +96,7 @@ def test_the_page_needs_no_network(run):
   assert len(page.ids) == len(set(page.ids))
   assert not re.search(r"@import|url\((?!#)", text)
   assert len(text) < 2**20
+  assert made_by()["devices"] in text and "Learning rate" in text
 
 
 def test_ranked_lists_are_those_of_the_features(run):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from unreid_jax import encode, methods, models, optim, sharding, values
+from unreid_jax.about import made_by
 from unreid_jax.config import encoder_options
 from unreid_jax.data import augment
 from unreid_jax.methods import Batch, Method
@@ -74,7 +75,7 @@ def make_parts(config: ConfigDict) -> Parts:
   module = models.make(**options)
   colour = {"mean": module.backbone.mean, "std": module.backbone.std}
   size = {key: config.dataset[key] for key in ("height", "width")}
-  card = {"encoder": options} | size | colour
+  card = {"encoder": options} | size | colour | {"made_by": made_by()}
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
   transform = functools.partial(augment.augment, **config.augment, **colour)

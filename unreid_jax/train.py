@@ -12,7 +12,6 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, encode, methods, sharding
-from unreid_jax.about import made_by
 from unreid_jax.config import check, check_same, check_weights, resolve
 from unreid_jax.data import sampler
 from unreid_jax.evaluate import (
@@ -84,7 +83,6 @@ def train(config: ConfigDict, path: str) -> None:
     )
     parts = make_parts(resolve(config, steps_per_epoch))
     card = parts.card | {"train_images": fingerprint(dataset.train)}
-    card["made_by"] = made_by()
     if earlier:
       check_same_images(read_card(earlier), card, earlier)
     # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
