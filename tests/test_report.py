@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from test_train import cluster_config, tiny_split, use
 
-from unreid_jax import UserError, encode, load_encoder, train
+from unreid_jax import UserError, encode, evaluate, load_encoder, train
 from unreid_jax.about import made_by
 from unreid_jax.data import Dataset
 from unreid_jax.models.backbones import resnet
-from unreid_jax.report import charts, clusters, curves, from_workdir
+from unreid_jax.report import charts, clusters, curves, from_workdir, ranks
 from unreid_jax.workdir import Workdir
 
 
@@ -154,6 +154,8 @@ def test_the_threshold_is_kept_with_the_encoder(run, monkeypatch):
   )
   alike = encoder.same(one[0], one[0])
   assert alike.same.all() and alike.distance[0] == alike.far[0] == 0
+  with pytest.raises(UserError, match=r"far is 2\.0: set it to a number in"):
+    encoder.same(one, other, far=2.0)
   with pytest.raises(UserError, match="2 images cannot be compared with 3"):
     encoder.same(one[:2], one)
   monkeypatch.delitem(encoder.card, "same_person")
@@ -171,6 +173,36 @@ def test_a_set_without_queries(run, tmp_path, monkeypatch):
   assert any(title.startswith("cluster ") for title in page.lists)
   card = load_encoder(tmp_path).card["same_person"]
   assert card["source"] == "pseudo labels"
+
+
+def test_who_is_taken_for_whom():
+  """Junk does not count, nor do queries without a match."""
+  query, gallery = (tiny_split(np.random.default_rng(0), n) for n in (6, 8))
+  query.pids[:] = [1, 1, 2, 3, 3, 9]
+  query.camids[:] = 1
+  gallery.pids[:] = [1, 2, 2, 3, 3, 0, 1, 4]
+  gallery.camids[:] = [1, 2, 3, 2, 2, 2, 2, 2]
+  nearest = [0, 3, 0, 5, 7, 1]  # the first of person 1 is junk, then comes 2
+  far = np.arange(8.0) + 9 + np.zeros((6, 1))
+  far[np.arange(6), nearest] = 0
+  far[0, 2] = 1
+  found = evaluate.Evaluation({}, {}, far.astype(np.float32), np.zeros((8, 1)))
+  known = ranks.rank(found, query, gallery, lambda q, *_: q)
+  assert known.mistakes == {0: 2, 1: 3, 2: 0, 3: 5, 4: 7}
+  text, rows = ranks.confusions(known, query, gallery)
+  assert text == (
+    "5 of 5 queries find another person first, 1 of them a stranger. Half of "
+    "the mistakes between known people are made by 1 of the 6 possible pairs "
+    "of them."
+  )
+  assert [row.title for row in rows] == [
+    "person 1 and person 2: mistaken 2 times",
+    "person 1 and person 3: mistaken 1 times",
+    "person 3 and person 4: mistaken 1 times",
+  ]
+  assert [crop.text for crop in rows[0].crops] == [
+    f"person {p}, camera {c}" for p, c in ((1, 1), (1, 2), (2, 2), (2, 3))
+  ]
 
 
 def test_clusters_of_each_kind():

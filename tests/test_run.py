@@ -101,6 +101,7 @@ def run_command(arguments, log):
     (["--confg=x"], "error: Unknown command line flag 'confg'."),
     (["--config.optim.lr=x"], "error: flag --config.optim.lr=x: could not"),
     (["--mode=evaluate"], "error: "),
+    (["--mode=report"], "error: "),
     (["train"], "error: what is 'train'?"),
     (["--mode=search"], "error: --mode=search needs --checkpoint"),
     (

@@ -169,6 +169,8 @@ class Encoder:
       UserError: the encoder was saved without an evaluation, an image cannot be
         read, or the lists differ in length.
     """
+    if far is not None:
+      values.check({"far": values.Fraction}, {"far": far})
     card = self.threshold()
     a, b = (flat(self(images)) for images in (a, b))
     if len(a) != len(b) and len(b) != 1:

@@ -1,5 +1,6 @@
 """What stands first in the ranked lists, and who is taken for whom."""
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ def rank(
     scores = ranking.rank_queries(
       row, pids, gallery.pids, camids, gallery.camids
     )
-    rows = np.argpartition(row, num - 1, axis=1)[:, :num]
+    rows = np.stack([np.argpartition(one, num - 1)[:num] for one in row])
     near = np.take_along_axis(row, rows, axis=1)
     order = np.argsort(near, axis=1, kind="stable")
     rows = np.take_along_axis(rows, order, axis=1)
@@ -103,34 +104,36 @@ def confusions(
 
   A query is mistaken if the first counted image shows another person.
   """
-  pairs: dict[tuple[int, int], int] = {}
-  for q, g in ranks.mistakes.items():
-    pair = tuple(sorted((int(query.pids[q]), int(gallery.pids[g]))))
-    pairs[pair] = pairs.get(pair, 0) + 1
-  strangers = sum(n for pair, n in pairs.items() if pair[0] <= 0)
-  known = {pair: n for pair, n in pairs.items() if pair[0] > 0}
-  ranked = sorted(known, key=lambda pair: (-known[pair], pair))
-  counted, total = int(np.sum(~np.isnan(ranks.ap))), len(ranks.mistakes)
-  text = f"{total} of {counted} queries find another person first"
-  if strangers:
-    text += f", {strangers} of them a stranger"
+  pairs = collections.Counter(
+    tuple(sorted((int(query.pids[q]), int(gallery.pids[g]))))
+    for q, g in ranks.mistakes.items()
+  )
+  known = collections.Counter({x: n for x, n in pairs.items() if min(x) > 0})
+  text = (
+    f"{pairs.total()} of {np.sum(~np.isnan(ranks.ap))} queries find another "
+    f"person first, {pairs.total() - known.total()} of them a stranger"
+  )
+  ranked = known.most_common()
   if ranked:
+    reached = np.cumsum([num for _, num in ranked])
+    half = 1 + int(np.searchsorted(reached, reached[-1] / 2))
     people = len(np.unique(query.pids))
-    reached = np.cumsum([known[pair] for pair in ranked])
-    half = int(np.searchsorted(reached, reached[-1] / 2)) + 1
     text += (
       f". Half of the mistakes between known people are made by {half} of the "
       f"{people * (people - 1) // 2:,} possible pairs of them"
     )
-  rows = []
-  for a, b in ranked[:_PAIRS]:
-    title = f"person {a} and person {b}: {known[a, b]} mistakes"
-    crops = [
-      crop(gallery, i)
-      for pid in (a, b)
-      for i in np.flatnonzero(gallery.pids == pid)[
-        np.unique(gallery.camids[gallery.pids == pid], return_index=True)[1]
-      ][:_OF_EACH]
-    ]
-    rows.append(Row(title, crops))
+  rows = [
+    Row(
+      f"person {a} and person {b}: mistaken {num} times",
+      [crop(gallery, i) for pid in (a, b) for i in _views(gallery, pid)],
+    )
+    for (a, b), num in ranked[:_PAIRS]
+  ]
   return f"{text}.", rows
+
+
+def _views(split, pid):
+  """An image of a person under each of some cameras."""
+  rows = np.flatnonzero(split.pids == pid)
+  first = np.unique(split.camids[rows], return_index=True)[1]
+  return rows[first[:_OF_EACH]]
