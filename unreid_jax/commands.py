@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import rich.console
 import rich.progress
-from PIL import Image
 
 from unreid_jax import UserError, gallery, progress, report
 from unreid_jax import search as searching
+from unreid_jax.data.images import decode
 from unreid_jax.encode import flat, load_encoder
 from unreid_jax.feature_files import WRITERS
 from unreid_jax.gallery import Gallery
@@ -135,10 +135,8 @@ def _page(results) -> str:
 
 
 def _crop(path, mark, text):
-  with Image.open(path) as image:
-    return Crop(
-      picture(image), f"{pathlib.Path(path).name} {text}".strip(), mark
-    )
+  pixels = decode(pathlib.Path(path), 160, 80)
+  return Crop(picture(pixels), f"{pathlib.Path(path).name} {text}", mark)
 
 
 def _update(folder, option, encoder, cache_dir) -> Gallery:

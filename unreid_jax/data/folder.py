@@ -37,11 +37,14 @@ def splits_in(root: str) -> dict[str, list[File]]:
   pids = {who: pid for pid, who in enumerate(people, 1)} | {"-1": -1}
   has_cameras = None not in map(_camera, names)
   for number, (split, files) in enumerate(found.items(), 1):
-    camera = _camera if has_cameras else lambda _, number=number: number
-    read = lambda x, camera=camera: File(
-      x.name, pids[person_in(x.name)], camera(x.name), x.path
-    )
-    found[split] = [file for file in map(read, files) if file.pid != -1]
+    known = [
+      file._replace(
+        pid=pids[person_in(file.name)],
+        camid=_camera(file.name) if has_cameras else number,
+      )
+      for file in files
+    ]
+    found[split] = [file for file in known if file.pid != -1]
   if not set.intersection(*({f.pid for f in x} for x in found.values())):
     raise UserError(
       f"{tests['query']} and {tests['gallery']} have no person in common: name "

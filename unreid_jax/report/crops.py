@@ -36,11 +36,9 @@ class Row(NamedTuple):
   crops: list[Crop]
 
 
-def picture(image: UInt8[np.ndarray, "h w 3"] | Image.Image) -> str:
+def picture(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
   """A thumbnail in WebP, as a data URL of about 2 kB."""
-  if not isinstance(image, Image.Image):
-    image = Image.fromarray(image)
-  image = image.convert("RGB")
+  image = Image.fromarray(pixels)
   image.thumbnail(_SIZE)
   file = io.BytesIO()
   image.save(file, "WEBP", quality=80)
