@@ -12,6 +12,7 @@ from unreid_jax import UserError, preemption
 if __name__ == "__main__":
   preemption.exit_on_signals()  # they count while the rest is imported, too
 
+import inspect
 import pathlib
 import re
 import traceback
@@ -30,14 +31,24 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "evaluate", "export"],
-  "evaluate: score the checkpoints. export: write one into --output.",
+  ["train", "evaluate", "report", "encode", "search", "verify", "export"],
+  "evaluate: score the checkpoints. report: write WORKDIR/report.html anew. "
+  "encode, search, verify, export: use the encoder of --checkpoint.",
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "", "Workdir, checkpoint or PyTorch weights; not the workdir's."
 )
-_FORMAT = flags.DEFINE_string("format", "torch", "Or another of export.py.")
-_OUTPUT = flags.DEFINE_string("output", "", "The file that export writes.")
+flags.DEFINE_string("format", None, "export: torch or torch_reference.")
+flags.DEFINE_string("images", None, "encode: the folder of the images.")
+flags.DEFINE_string(
+  "query", None, "search, verify: an image; search: a folder."
+)
+flags.DEFINE_string("gallery", None, "search: a folder; verify: an image.")
+flags.DEFINE_list("output", None, "encode, search, export: files.")
+flags.DEFINE_integer("top", None, "search: how many images are shown; 10.", 1)
+flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
+flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
+flags.DEFINE_string("cache_dir", None, "Where features are kept.")
 
 
 def main(argv: list[str]) -> None:
@@ -48,21 +59,22 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
+    if _MODE.value in ("encode", "search", "verify", "export"):
+      return _use_encoder(_MODE.value)
     peers.join()
-    if _MODE.value == "export":
-      return _export()
-    config = _config()
     workdir = _WORKDIR.value
+    knows_its_config = _MODE.value == "report" and workdir
+    config = None if knows_its_config and not _CONFIG.value else _config()
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
     if _MODE.value == "evaluate":
-      train.score(config, workdir, _CHECKPOINT.value)
+      train.score(config, workdir, _CHECKPOINT.value or "")
     elif _CHECKPOINT.value:
       raise UserError(
-        "--checkpoint is for --mode=evaluate and --mode=export: train from "
-        "weights with --config.encoder.pretrained=FILE"
+        f"--checkpoint is not for --mode={_MODE.value}: train from weights "
+        "with --config.encoder.pretrained=FILE"
       )
     else:
-      train.train(config, workdir)
+      {"train": train.train, "report": _report}[_MODE.value](config, workdir)
   except UserError as error:
     _fail(error)
   except OSError as error:
@@ -87,19 +99,30 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _export():
-  """Needs no config, but for PyTorch weights: they may be of any encoder."""
-  from unreid_jax import export, load_encoder
-  from unreid_jax.state import make_card
-  from unreid_jax.workdir import writer
+def _report(config, workdir):
+  from unreid_jax.report import from_workdir
 
-  path = _CHECKPOINT.value or _WORKDIR.value
-  if not path:
-    raise UserError("say what to export: --checkpoint=WORKDIR")
-  card = make_card(_config()) if _config_file(sys.argv) else None
-  with writer.sent_to(print):
-    encoder = load_encoder(path, card)
-    export.export(encoder, _OUTPUT.value, _FORMAT.value)
+  from_workdir.write(config, workdir)
+
+
+def _use_encoder(mode):
+  """Runs a mode of `commands`; its arguments are the options it takes.
+
+  A config is needed for PyTorch weights only, which may be of any encoder.
+  """
+  from unreid_jax import commands
+  from unreid_jax.state import make_card
+
+  run = getattr(commands, mode)
+  takes = inspect.signature(run).parameters
+  options = flags.FLAGS.flag_values_dict()
+  given = {k: options[k] for k in takes if options.get(k) not in (None, "")}
+  for name in takes:
+    if name not in given and takes[name].default is inspect.Parameter.empty:
+      raise UserError(f"--mode={mode} needs --{name}")
+  if _config_file(sys.argv):
+    given["card"] = make_card(_config())
+  run(**given)
 
 
 def _config():

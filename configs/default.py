@@ -45,6 +45,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "evaluate_every": "10 epochs",
       "checkpoint_every": "1 epoch",
       "log_every": "10 steps",  # a line in metrics.jsonl
+      "report": True,  # report.html at each evaluation; it shows people
       "steps_per_epoch": 0,  # 0: train images / batch_size
       "sampler": {
         "num_instances": 0,  # of a cluster in a batch; 0: shuffled images

@@ -186,6 +186,17 @@ def test_a_new_process_needs_the_folder_alone(trained, tmp_path):
   assert done.stdout.splitlines() == ["(2, 64)", "[]"], done.stderr
 
 
+def test_flat_features_weigh_each_kind_alike(trained, images):
+  """Their inner product is the mean of the kinds' cosine similarities."""
+  features = load_encoder(trained[0])(images)
+  rows = encode.flat(features)
+  whole, stripes = features["global"], features["local"]
+  local = np.einsum("asd,bsd->ab", stripes, stripes) / stripes.shape[1]
+  want = (whole @ whole.T + local) / 2
+  np.testing.assert_allclose(rows @ rows.T, want, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(encode.flat(whole), whole)
+
+
 def test_the_card_is_plain_text(trained):
   folder = Workdir(trained[0]).newest("last")
   card = json.loads((folder / "card" / "metadata").read_text())

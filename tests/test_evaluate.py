@@ -32,6 +32,36 @@ def test_a_gallery_that_the_devices_do_not_divide(num_devices):
   assert got["mAP"] == pytest.approx(want.mAP, abs=1e-6)
 
 
+def test_a_threshold_from_labels(monkeypatch):
+  """That of all pairs of labelled images, under two cameras if there are."""
+  monkeypatch.setattr(evaluate, "_LABELLED", 40)
+  rng = np.random.default_rng(0)
+  labels = rng.integers(-1, 6, 90)
+  rows = np.eye(6, 8, dtype=np.float32)[labels] + 0.3 * rng.standard_normal(
+    (90, 8), np.float32
+  )
+  rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+  camids = rng.integers(1, 3, 90)
+  known = np.flatnonzero(labels >= 0)[::2]
+  distances = np.square(rows[known][:, None] - rows[known]).sum(axis=2)
+  for cameras in (camids, np.ones(90, int)):
+    apart = cameras[known][:, None] != cameras[known]
+    apart |= ~apart.any() & ~np.eye(len(known), dtype=bool)
+    same = labels[known][:, None] == labels[known]
+    card = evaluate.by_labels(rows, labels, cameras).card["same_person"]
+    assert card["source"] == "pseudo labels"
+    wrong = (
+      np.mean(distances[~same] <= card["threshold"]),
+      np.mean(distances[same & apart] > card["threshold"]),
+    )
+    assert abs(wrong[0] - wrong[1]) < 0.02 and max(wrong) < 0.2
+    assert card["same"][-1] == pytest.approx(
+      distances[same & apart].max(), abs=1e-3
+    )
+  for useless in (np.full(90, -1), np.arange(90)):
+    assert evaluate.by_labels(rows, useless, camids).card == {}
+
+
 @pytest.mark.parametrize("num", [21, 3])  # more and fewer than a block
 def test_score_equals_the_whole_matrix(monkeypatch, num):
   monkeypatch.setattr(evaluate, "_QUERIES", 7)

@@ -9,8 +9,7 @@ import subprocess
 import pytest
 
 from configs import cluster_contrast, dhcl_hnm
-from unreid_jax import UserError, results
-from unreid_jax.workdir import sessions
+from unreid_jax import UserError, about, results
 
 _SESSION = {"hardware": "2 x GPU", "jax": "0.10.2", "commit": "abc"}
 _SESSION |= {"step": 90, "end": 90, "seconds": 60.0}
@@ -128,22 +127,22 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
   package.mkdir(parents=True)
   (package / "__init__.py").touch()
   monkeypatch.setattr(
-    sessions.unreid_jax, "__file__", str(package / "__init__.py")
+    about.unreid_jax, "__file__", str(package / "__init__.py")
   )
-  assert sessions.commit() is None
+  assert about.commit.__wrapped__() is None
   git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
   run = lambda *x: subprocess.run(
     git + list(x), check=True, capture_output=True, text=True
   )
   run("init")
   run("commit", "--allow-empty", "-m", "a")
-  assert sessions.commit() is None
+  assert about.commit.__wrapped__() is None
   run("add", ".")
   run("commit", "-m", "b")
   full = run("rev-parse", "HEAD").stdout
-  assert full.startswith(sessions.commit())
+  assert full.startswith(about.commit.__wrapped__())
   (package / "__init__.py").write_text("changed")
-  assert sessions.commit() == full[:12] + "-dirty"
+  assert about.commit.__wrapped__() == full[:12] + "-dirty"
   shutil.rmtree(tmp_path / ".git")
   monkeypatch.setenv("PATH", "")
-  assert sessions.commit() is None
+  assert about.commit.__wrapped__() is None

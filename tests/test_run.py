@@ -108,9 +108,19 @@ def run_command(arguments, log):
     (["--mode=evaluate"], "error: "),
     (["--mode=evaluate", "--checkpoint=/none"], "error: /none holds no check"),
     (["--mode=evaluate", "--checkpoint=run.py"], "error: run.py: it is a text"),
-    (["--checkpoint=x.pth"], "error: --checkpoint is for --mode=evaluate and"),
+    (["--checkpoint=x.pth"], "error: --checkpoint is not for --mode=train: "),
     (["--mode=export"], "error: "),
+    (["--mode=report"], "error: "),
     (["train"], "error: what is 'train'?"),
+    (["--mode=search"], "error: --mode=search needs --checkpoint"),
+    (
+      ["--mode=encode", "--checkpoint=.", "--images=.", "--output=x.txt"],
+      "error: --output=x.txt: end it in .parquet or .npz or .npy",
+    ),
+    (
+      ["--mode=verify", "--checkpoint=none", "--query=a", "--gallery=b"],
+      "error: --checkpoint=none is no folder: check the path",
+    ),
   ],
 )
 def test_mistakes(tmp_path, arguments, line):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from configs import default
-from unreid_jax import UserError, sharding, step, train
+from unreid_jax import UserError, evaluate, sharding, step, train
 from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
 from unreid_jax.methods import cluster_contrast
@@ -43,6 +43,7 @@ TINY = {
   "batch_size": 32,
   "evaluate_batch_size": 32,
   "log_every": "1 step",
+  "report": False,
 }
 
 
@@ -380,7 +381,7 @@ def test_a_signal_while_it_is_scored(dataset, monkeypatch, tmp_path):
 
   def report(self, *_):
     monkeypatch.setattr(train.Preemption, "noticed", True)
-    return {"mAP": 0.1}
+    return evaluate.Evaluation({"mAP": 0.1}, {})
 
   monkeypatch.setattr(train, "report_scores", report)
   config = tiny_config(epochs=3, **{"evaluate_every": "1 epoch"})

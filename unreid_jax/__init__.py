@@ -1,5 +1,6 @@
 """Unsupervised person re-identification in JAX: one config, one number."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.2.0"
@@ -17,9 +18,9 @@ class UserError(ValueError):
 
 
 def __getattr__(name: str) -> Any:
-  """`unreid_jax.load_encoder`, imported when it is first asked for."""
-  if name == "load_encoder":
-    from unreid_jax.encode import load_encoder
-
-    return load_encoder
+  """`load_encoder`, `rank` and `rerank`, imported when first asked for."""
+  homes = {"load_encoder": "encode", "rank": "search", "rerank": "search"}
+  if name in homes:
+    module = importlib.import_module(f"unreid_jax.{homes[name]}")
+    return getattr(module, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

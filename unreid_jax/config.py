@@ -31,6 +31,7 @@ class Run(TypedDict):
   evaluate_every: Free[Duration]
   checkpoint_every: Free[Duration]
   log_every: Free[Duration]
+  report: Free[bool]
   steps_per_epoch: CountOrZero
 
 

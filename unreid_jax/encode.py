@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 from PIL import Image
 
-from unreid_jax import UserError, models, progress, sharding, values
+from unreid_jax import (
+  UserError,
+  models,
+  progress,
+  sharding,
+  values,
+  verification,
+)
 from unreid_jax.data import augment
 from unreid_jax.data.images import decode, resize
 from unreid_jax.models import pretrained
@@ -166,7 +173,7 @@ class Encoder:
 
   Attributes:
     card: a `Card`; in a checkpoint also what tells its train images from
-      others.
+      others, and one person from another.
     variables: its parameters and running statistics.
     apply: the result of `make_apply`.
     mesh: the devices that share each batch.
@@ -210,6 +217,46 @@ class Encoder:
     with jax.set_mesh(self.mesh):
       return encode(step, self.variables, images, size, title)[1]
 
+  def same(
+    self,
+    a: ImageLike | Sequence[ImageLike],
+    b: ImageLike | Sequence[ImageLike],
+    far: float | None = None,
+  ) -> verification.Answer:
+    """Whether two images, or each pair of two lists, show the same person.
+
+    Args:
+      a: images as they are encoded.
+      b: as many, or a single one.
+      far: the false accept rate to be kept to, see `verification.decide`.
+
+    Raises:
+      UserError: the encoder was saved without an evaluation, an image cannot be
+        read, or the lists differ in length.
+    """
+    if far is not None:
+      values.check({"far": values.Fraction}, {"far": far})
+    card = self.threshold()
+    a, b = (flat(self(images)) for images in (a, b))
+    if len(a) != len(b) and len(b) != 1:
+      raise UserError(
+        f"{len(a)} images cannot be compared with {len(b)}: pass as many"
+      )
+    return verification.decide(np.square(a - b).sum(axis=1), card, far)
+
+  def threshold(self) -> dict[str, Any]:
+    """What tells the same person from another one: a `Verification.card`.
+
+    Raises:
+      UserError: the encoder was saved without an evaluation.
+    """
+    if "same_person" not in self.card:
+      raise UserError(
+        "this encoder was saved without a threshold: --mode=report measures "
+        "and stores it"
+      )
+    return self.card["same_person"]
+
 
 def encode(
   step: Callable,
@@ -245,6 +292,20 @@ def encode(
     parts.append(jax.device_get(features))
   back = np.argsort(order)
   return carry, jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
+
+
+def flat(features: PyTree) -> Float[np.ndarray, "n d"]:
+  """One unit vector an image, whose inner product is the cosine similarity.
+
+  Of a dict of features each kind has the same weight: the inner product is the
+  mean over the kinds of their cosine similarity, and within a kind over the
+  stripes.
+  """
+  if not isinstance(features, dict):
+    return np.asarray(features)
+  kinds = [x.reshape(len(x), -1) for x in features.values()]
+  unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in kinds]
+  return np.concatenate(unit, axis=1) / np.sqrt(len(unit), dtype=np.float32)
 
 
 class _Sized:

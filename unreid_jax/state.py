@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from unreid_jax import encode, methods, models, optim, sharding, values
+from unreid_jax.about import made_by
 from unreid_jax.config import encoder_options
 from unreid_jax.data import augment
 from unreid_jax.methods import Batch, Method
@@ -79,7 +80,7 @@ def make_parts(config: ConfigDict) -> Parts:
   """The parts of a run, of a resolved config, on the mesh of `jax.set_mesh`."""
   mesh = jax.sharding.get_mesh()
   copies = NamedSharding(mesh, sharding.COPY)
-  card = make_card(config)
+  card = make_card(config) | {"made_by": made_by(mesh.size)}
   module = models.make(**card["encoder"])
   colour = {key: card[key] for key in ("mean", "std")}
   with values.section("method"):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, encode, methods, sharding
@@ -21,7 +21,12 @@ from unreid_jax.config import (
   settings,
 )
 from unreid_jax.data import sampler
-from unreid_jax.evaluate import evaluate, export_features
+from unreid_jax.evaluate import (
+  Evaluation,
+  by_labels,
+  evaluate,
+  export_features,
+)
 from unreid_jax.hosts import peers
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
@@ -68,6 +73,11 @@ def train(config: ConfigDict, path: str) -> None:
       check_weights(config)
     writer = stack.enter_context(Writer(workdir))
     dataset = data.load(**config.dataset)
+    if dataset.train is None:
+      raise UserError(
+        f"{config.dataset.root} holds no folder train: add one with the images "
+        "to be trained on"
+      )
     images, camids = dataset.train.images, dataset.train.camids
     indices = np.arange(len(images), dtype=np.int32)
     if len(images) < config.batch_size:
@@ -101,8 +111,8 @@ def train(config: ConfigDict, path: str) -> None:
     step, end = int(state.step), config.epochs * steps_per_epoch
     session = Session(workdir, mesh, step, end)
     score_state = lambda state, step: report_scores(
-      parts.encoder(state), parts.distance, dataset, f"step {step}",
-      config.evaluate_batch_size, writer,
+      parts.encoder(state), parts.distance, dataset, np.array(state.labels),
+      f"step {step}", config.evaluate_batch_size, writer,
     )  # fmt: skip
     writer.resume(step)
     checkpoints.forget("best", after=step)
@@ -112,7 +122,7 @@ def train(config: ConfigDict, path: str) -> None:
       checkpoints.forget("last", after=-1)
       checkpoints.save("last", 0, card, state)
       if dataset.query is not None:
-        writer.write(0, "evaluate", score_state(state, 0))
+        writer.write(0, "evaluate", score_state(state, 0).scores)
 
     copies = NamedSharding(mesh, sharding.COPY)
     key, method_key = jax.device_put(keys(config.seed), copies)
@@ -131,6 +141,7 @@ def train(config: ConfigDict, path: str) -> None:
           parts, state, refresh, dataset.train, method_key, writer
         )
       labels = np.array(state.labels)  # the step gives the state away
+      found = None
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
       pause = min(end, *(step - step % every + every for every in pauses))
       rows_of_steps = plan(labels, camids, epoch)[done : done + pause - step]
@@ -151,15 +162,23 @@ def train(config: ConfigDict, path: str) -> None:
       if step % steps_per_epoch == 0:
         report_epoch(parts, state, writer)
       if step == end or step % due["evaluate"] == 0:
-        scores = score_state(state, step)
-        if scores:
-          if peers.decide(is_best(scores, writer.history("evaluate"))):
-            checkpoints.save("best", step, card, state)
-          writer.write(step, "evaluate", scores)
+        found = score_state(state, step)
+        if found.scores:
+          if peers.decide(is_best(found.scores, writer.history("evaluate"))):
+            checkpoints.save("best", step, card | found.card, state)
+          writer.write(step, "evaluate", found.scores)
       stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
-        checkpoints.save("last", step, card, state)
+        scored = found.card if found else {}
+        checkpoints.save("last", step, card | scored, state)
         session.save(step)
+      if found and config.report:
+        from unreid_jax import report  # not earlier: it takes a second
+
+        report.write(
+          parts.encoder(state), parts.distance, dataset, labels, found, step,
+          parts.config, writer,
+        )  # fmt: skip
     if stop and step < end:
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
@@ -238,12 +257,12 @@ def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
       encoder = encode.load_encoder(found, make_card(config))
       dataset = dataset or load_test_set(config, encoder)
       batch_size = config.evaluate_batch_size
-      scores = report_scores(
-        encoder, distance, dataset, name, batch_size, writer
+      result = report_scores(
+        encoder, distance, dataset, None, name, batch_size, writer
       )
       title = {"step": 0, "name": pathlib.Path(checkpoint).name}
       title = title if checkpoint else {"step": int(found.name)}
-      rows[name] = title | scores
+      rows[name] = title | result.scores
     writer.table(list(rows.values()))
 
 
@@ -259,20 +278,26 @@ def report_scores(
   encoder: encode.Encoder,
   distance: methods.Distance,
   dataset: data.Dataset,
+  labels: Int[np.ndarray, " n"] | None,
   name: str,
   batch_size: int,
   writer: Writer,
-) -> dict[str, float]:
-  """Scores an encoder; without queries, exports the train set's features."""
+) -> Evaluation:
+  """Scores an encoder; without queries, exports the train set's features.
+
+  Then its pseudo labels, if they are given, set the encoder's threshold.
+  """
   if dataset.query is None:
     path = writer.workdir.features
-    export_features(encoder, dataset.train, batch_size, path)
+    features = export_features(encoder, dataset.train, batch_size, path)
     writer.log(f"{name:<19} features are in {path}")
-    return {}
-  scores = evaluate(encoder, distance, dataset, batch_size)
-  text = "  ".join(f"{key} {100 * x:.1f}" for key, x in scores.items())
+    if labels is None:
+      return Evaluation({}, {})
+    return by_labels(features, labels, dataset.train.camids)
+  found = evaluate(encoder, distance, dataset, batch_size)
+  text = "  ".join(f"{key} {100 * x:.1f}" for key, x in found.scores.items())
   writer.log(f"{name:<19} {text}")
-  return scores
+  return found
 
 
 def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unreid_jax import values
-from unreid_jax.data import cache, datasets, images, synthetic
+from unreid_jax.data import cache, datasets, folder, images, synthetic
 from unreid_jax.data.images import Dataset, Split
 from unreid_jax.values import Count, CountOrZero, Free
 
@@ -44,8 +44,9 @@ def load(
     name: "synthetic", "folder", or a module of `data.datasets`.
     height, width: the size of every image, in pixels.
     root: the unpacked set, the folder that holds it, or its zip. For "folder",
-      a directory of crops, in which each sub-folder is a camera: it has a train
-      split only, without identities (pid -1).
+      a directory of crops, in which each sub-folder is a camera: a train split
+      without identities (pid -1); or one that holds the folders query, gallery
+      and, to train, train: see `folder.splits_in`.
     cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
     on_corrupt: "skip": a damaged image is left out.
     version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.
@@ -81,7 +82,7 @@ def load(
 def _list_files(name, root, version):
   """The files of each split that a set has."""
   if name == "folder":
-    return {"train": images.files_in(root)}
+    return folder.splits_in(root)
   module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
   builders = {x.name: x for x in module.layout.Builder.__subclasses__()}
   return builders[name].list_files(root, version)

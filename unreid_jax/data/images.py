@@ -9,7 +9,7 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +17,12 @@ from jaxtyping import Int32, UInt8
 from PIL import Image, ImageOps
 
 from unreid_jax import UserError
-from unreid_jax.values import expand
 
 # We bound the memory ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Path = pathlib.Path | zipfile.Path
 _Pixels = UInt8[np.ndarray, "h w 3"]
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # What may be inside, whatever the suffix says: Pillow knows many formats, and
 # would run Ghostscript for one of them.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
@@ -70,7 +69,7 @@ def unreadable(path: Path | str, error: OSError) -> UserError:
 
 def is_image(name: str) -> bool:
   """Whether a file name is an image's, and not Thumbs.db or the like."""
-  return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+  return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def check_name(path: Path, name: str) -> None:
@@ -87,11 +86,11 @@ def fingerprint(files: Sequence[File]) -> str:
   """
   digest = hashlib.sha256()
   for *labels, path in files:
-    digest.update(repr((*labels, _state(path))).encode())
+    digest.update(repr((*labels, state(path))).encode())
   return digest.hexdigest()[:16]
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def state(path: Path) -> tuple[int, ...]:
   """The size of a file in bytes, and what changes with its content."""
   try:
     if isinstance(path, zipfile.Path):
@@ -110,58 +109,6 @@ def _state(path: Path) -> tuple[int, ...]:
   return info.st_size, info.st_mtime_ns
 
 
-def files_in(root: str) -> list[File]:
-  """Every image below a folder; the first sub-folder is its camera, from 1.
-
-  Links to folders are followed, hidden folders are not looked into.
-
-  Raises:
-    UserError: there is no image, a folder cannot be read, a link leads nowhere,
-      or two links lead to the same folder.
-  """
-  folder = expand(root, "dataset.root")
-  if not root or not folder.is_dir():
-    fix = "set it to a directory of crops"
-    raise UserError(f'dataset.root="{root}" is no folder: {fix}')
-  paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-  if not paths:
-    raise UserError(f"{folder} holds no image ({' '.join(_SUFFIXES)})")
-  names = sorted(paths)
-  cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
-  camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
-  pairs = zip(names, camids, strict=True)
-  return [File(name, -1, camid, paths[name]) for name, camid in pairs]
-
-
-def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The images below a folder; each folder is visited once."""
-  todo, known = [(root, set(map(str, root.resolve().parents)))], {}
-  while todo:
-    folder, above = todo.pop()
-    real = os.path.realpath(folder)
-    if real in above:  # a link back up, whose images have been seen
-      continue
-    if real in known:
-      raise UserError(
-        f"{folder} and {known[real]} are the same folder: remove one of them"
-      )
-    known[real] = folder
-    with os.scandir(folder) as entries:
-      for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-          continue
-        is_folder = entry.is_dir()
-        if is_folder or is_image(entry.name):
-          check_name(path, entry.name)
-        elif entry.is_symlink() and not path.exists():
-          raise UserError(f"{path} leads nowhere: mend or remove the link")
-        if is_folder:
-          todo.append((path, above | {real}))
-        elif is_image(entry.name):
-          yield path
-
-
 def decode(
   path: Path, height: int, width: int, *, if_small: bool = False
 ) -> _Pixels | None:
@@ -174,7 +121,7 @@ def decode(
     CorruptImage: what is in the file is no image, or a damaged one.
     UserError: the file cannot be read; it may be healthy.
   """
-  size = _state(path)[0]
+  size = state(path)[0]
   if size > _TOO_MANY_BYTES:
     raise CorruptImage(f"{path} has {size / 1e9:.1f} GB, which is no crop")
   if if_small and size > _MANY_BYTES:

@@ -26,6 +26,7 @@ class Workdir:
     events: TensorBoard's folder.
     features: the features of the train set, if the data set has no queries.
     sessions: when, on what and with which code the run was made.
+    report: a page for people, with pictures.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -35,6 +36,7 @@ class Workdir:
     self.events = self.path / "tensorboard"
     self.features = self.path / "features.npz"
     self.sessions = self.path / "sessions.json"
+    self.report = self.path / "report.html"
     self._config = self.path / "config.json"
 
   @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -9,12 +10,13 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from unreid_jax import UserError
 from unreid_jax.values import expand
-from unreid_jax.workdir import Workdir, read_json
+from unreid_jax.workdir import Workdir, read_json, whole_file
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -137,6 +139,25 @@ def read_encoder(checkpoint: pathlib.Path, like: PyTree) -> PyTree:
   """The encoder's arrays, with the shapes and shardings of `like`."""
   with _whole(checkpoint), ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(checkpoint / "encoder", _abstract(like))
+
+
+def write_card(checkpoint: pathlib.Path, card: dict[str, Any]) -> None:
+  """Replaces the card of a checkpoint."""
+  with whole_file(checkpoint / "card" / "metadata") as file:
+    file.write(json.dumps(card).encode())
+
+
+def read_labels(checkpoint: pathlib.Path) -> Int[np.ndarray, " n"]:
+  """The pseudo labels of all train images."""
+  wanted = {"labels": ocp.RestoreArgs(restore_type=np.ndarray)}
+  args = ocp.args.PyTreeRestore(
+    item={"labels": 0}, restore_args=wanted, partial_restore=True
+  )
+  with (
+    _whole(checkpoint),
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+  ):
+    return checkpointer.restore(checkpoint / "training", args)["labels"]
 
 
 def check_version(checkpoint: pathlib.Path) -> None:

@@ -2,10 +2,6 @@
 
 import datetime
 import json
-import pathlib
-import platform
-import re
-import subprocess
 import time
 from typing import Any
 
@@ -14,6 +10,7 @@ from jax.sharding import Mesh
 
 import unreid_jax
 from unreid_jax import UserError
+from unreid_jax.about import commit, hardware
 from unreid_jax.workdir import Workdir, read_json, whole_file
 
 
@@ -29,7 +26,7 @@ class Session:
     self._earlier = read_sessions(workdir) if step else []
     self._about = {
       "began": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-      "hardware": hardware(mesh),
+      "hardware": hardware(mesh.devices.size),
       "jax": jax.__version__,
       "version": unreid_jax.__version__,
       "commit": commit(),
@@ -59,35 +56,3 @@ def read_sessions(workdir: Workdir) -> list[dict[str, Any]]:
   if not isinstance(sessions, list) or not all(map(is_one, sessions)):
     raise UserError(f"{path} is damaged (it has no sessions): {advice}")
   return sessions
-
-
-def hardware(mesh: Mesh) -> str:
-  """Such as "4 x NVIDIA H200", or the name of a CPU."""
-  device = mesh.devices.flat[0]
-  if device.platform != "cpu":
-    return f"{mesh.size} x {device.device_kind}"
-  try:
-    text = pathlib.Path("/proc/cpuinfo").read_text()
-  except OSError:
-    text = ""
-  names = re.findall(r"model name\s*: (.*)", text)
-  return f"{len(names) or 1} x {names[0] if names else platform.machine()}"
-
-
-def commit() -> str | None:
-  """The commit of this package's checkout, with "-dirty" if it was changed.
-
-  None where there is no checkout: a package that was installed, say.
-  """
-  folder = pathlib.Path(unreid_jax.__file__).parent
-  git = ["git", "-C", str(folder)]
-  describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-  try:
-    # Others' checkouts may hold an environment in which this is installed.
-    for command in (["ls-files", "--error-unmatch", "__init__.py"], describe):
-      done = subprocess.run(
-        git + command, capture_output=True, text=True, timeout=20, check=True
-      )
-  except (OSError, subprocess.SubprocessError):
-    return None
-  return done.stdout.strip()

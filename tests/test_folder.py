@@ -1,0 +1,89 @@
+"""A folder of one's own: who is on an image, and under which camera."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unreid_jax import UserError, data
+from unreid_jax.data.folder import camera_in, person_in
+
+
+def make(root, *names):
+  """Images of those names below a folder, each of its own grey."""
+  for i, name in enumerate(names):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 4, 3), i, np.uint8)).save(path)
+  return root
+
+
+def load(root, **options):
+  options |= {"height": 8, "width": 4, "cache_dir": str(root.parent / "cache")}
+  return data.load("folder", root=str(root), **options)
+
+
+def test_people_without_cameras(tmp_path):
+  """Sub-folders and file names may say who it is; all images count."""
+  root = make(
+    tmp_path / "own",
+    "query/ann/x.png",
+    "query/bob_2.png",
+    "gallery/bob/a/1.png",
+    "gallery/ann_1.png",
+    "gallery/ann_c3_1.png",
+    "gallery/-1_5.png",
+    "gallery/zoe.png",
+  )
+  dataset = load(root)
+  assert dataset.train is None
+  assert dataset.query.names == ("ann/x.png", "bob_2.png")
+  assert list(dataset.query.pids) == [1, 2]
+  assert dataset.gallery.names == (
+    "ann_1.png", "ann_c3_1.png", "bob/a/1.png", "zoe.png"
+  )  # fmt: skip
+  assert list(dataset.gallery.pids) == [1, 1, 2, 3]
+  assert not set(dataset.query.camids) & set(dataset.gallery.camids)
+  np.testing.assert_array_equal(
+    dataset.gallery.images[:, 0, 0, 0], [3, 4, 2, 6]
+  )
+
+
+def test_cameras_count_if_every_name_has_one(tmp_path):
+  root = make(
+    tmp_path / "own",
+    "query/ann/k_c2.png",
+    "gallery/ann/k_c2_1.png",
+    "gallery/ann_c13s1.png",
+    "train/left/1.png",
+    "train/right/1.png",
+  )
+  dataset = load(root)
+  assert list(dataset.query.camids) == [2]
+  assert list(dataset.gallery.camids) == [2, 13]
+  assert list(dataset.train.camids) == [1, 2]
+  assert list(dataset.train.pids) == [-1, -1]
+
+
+def test_mistakes(tmp_path):
+  root = make(tmp_path / "own", "query/ann.png", "gallery/bob.png")
+  with pytest.raises(UserError, match=r"query and .*gallery have no person in"):
+    load(root)
+  make(root, "query/-1.png", "gallery/-1.png")  # junk is nobody
+  with pytest.raises(UserError, match=r"query and .*gallery have no person in"):
+    load(root)
+
+
+@pytest.mark.parametrize(
+  "name, person, camera",
+  [
+    ("0002_c3s1_000451.jpg", "0002", "3"),
+    ("ann/door/x.jpg", "ann", "ann"),
+    ("ann/x_c12.jpg", "ann", "12"),
+    ("-1_c1.jpg", "-1", "1"),
+    ("x.y.jpg", "x", ""),
+    ("mc_cain.jpg", "mc", ""),
+  ],
+)
+def test_names(name, person, camera):
+  assert person_in(name) == person
+  assert camera_in(name) == camera

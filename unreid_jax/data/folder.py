@@ -1,0 +1,129 @@
+"""Any folder of crops: what its sub-folders and file names say."""
+
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from unreid_jax import UserError
+from unreid_jax.data import images
+from unreid_jax.data.images import File
+from unreid_jax.values import expand
+
+
+def splits_in(root: str) -> dict[str, list[File]]:
+  """The files of each split of a folder, whose name may be anything.
+
+  If it holds the folders query and gallery, these are scored, and a folder
+  train is trained on. A person is a sub-folder of query and gallery, as in
+  query/alice/1.jpg, or else what stands before the first "_" of a file's name,
+  as in query/alice_1.jpg; "-1" is junk and is left out. Cameras count if every
+  name has one, as alice_c3_1.jpg has; otherwise every gallery image of the
+  query's person is a match, of whatever camera. Any other folder is a train set
+  without identities (pid -1), see `files_in`.
+
+  Raises:
+    UserError: see `files_in`; or query and gallery have no person in common.
+  """
+  folder = expand(root, "dataset.root")
+  tests = {split: folder / split for split in ("query", "gallery")}
+  if not root or not all(path.is_dir() for path in tests.values()):
+    return {"train": files_in(root)}
+  found = {split: files_in(str(path)) for split, path in tests.items()}
+  names = [file.name for files in found.values() for file in files]
+  people = sorted(set(map(person_in, names)) - {"-1"})
+  pids = {who: pid for pid, who in enumerate(people, 1)} | {"-1": -1}
+  has_cameras = None not in map(_camera, names)
+  for number, (split, files) in enumerate(found.items(), 1):
+    known = [
+      file._replace(
+        pid=pids[person_in(file.name)],
+        camid=_camera(file.name) if has_cameras else number,
+      )
+      for file in files
+    ]
+    found[split] = [file for file in known if file.pid != -1]
+  if not set.intersection(*({f.pid for f in x} for x in found.values())):
+    raise UserError(
+      f"{tests['query']} and {tests['gallery']} have no person in common: name "
+      "the images PERSON/FILE or PERSON_FILE in both"
+    )
+  if (folder / "train").is_dir():
+    found["train"] = files_in(str(folder / "train"))
+  return found
+
+
+def person_in(name: str) -> str:
+  """The person that the path of an image names, see `splits_in`."""
+  first, _, rest = name.partition("/")
+  return first if rest else re.split(r"_|\.", first)[0]
+
+
+def camera_in(name: str) -> str:
+  """The camera that the path of an image names, if it names one.
+
+  That is the 3 of 0002_c3s1_000451.jpg, or else the first sub-folder.
+  """
+  camid = _camera(name)
+  folder = name.rpartition("/")[0].partition("/")[0]
+  return folder if camid is None else str(camid)
+
+
+def _camera(name) -> int | None:
+  found = re.search(r"_c(\d{1,9})", name.rpartition("/")[2])
+  return int(found[1]) if found else None
+
+
+def files_in(root: str, key: str = "dataset.root") -> list[File]:
+  """Every image below a folder; the first sub-folder is its camera, from 1.
+
+  Links to folders are followed, hidden folders are not looked into. `key` is
+  what sets the folder.
+
+  Raises:
+    UserError: there is no image, a folder cannot be read, a link leads nowhere,
+      or two links lead to the same folder.
+  """
+  folder = expand(root, key)
+  if not root or not folder.is_dir():
+    fix = "set it to a directory of crops"
+    raise UserError(f'{key}="{root}" is no folder: {fix}')
+  paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+  if not paths:
+    raise UserError(f"{folder} holds no image ({' '.join(images.SUFFIXES)})")
+  names = sorted(paths)
+  cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
+  camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
+  pairs = zip(names, camids, strict=True)
+  return [File(name, -1, camid, paths[name]) for name, camid in pairs]
+
+
+def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The images below a folder; each folder is visited once."""
+  todo, known = [(root, set(map(str, root.resolve().parents)))], {}
+  while todo:
+    folder, above = todo.pop()
+    real = os.path.realpath(folder)
+    if real in above:  # a link back up, whose images have been seen
+      continue
+    if real in known:
+      raise UserError(
+        f"{folder} and {known[real]} are the same folder: remove one of them"
+      )
+    known[real] = folder
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+          continue
+        is_folder = entry.is_dir()
+        if is_folder or images.is_image(entry.name):
+          images.check_name(path, entry.name)
+        elif entry.is_symlink() and not path.exists():
+          raise UserError(f"{path} leads nowhere: mend or remove the link")
+        if is_folder:
+          todo.append((path, above | {real}))
+        elif images.is_image(entry.name):
+          yield path
