@@ -177,7 +177,7 @@ def test_modes(folder, monkeypatch, capsys):
   steps = np.linspace(0, 4, len(RATES)).tolist()
   card = {"threshold": 1.0, "source": "these", "same": steps}
   encoder.card["same_person"] = card | {"different": steps}
-  monkeypatch.setattr(commands, "load_encoder", lambda path: encoder)
+  monkeypatch.setattr(commands, "load_encoder", lambda *_: encoder)
   monkeypatch.setattr(feature_files, "_BLOCK", 4)
   out, cache = folder.parent, str(folder.parent / "cache")
   names = [str(out / f"f.{kind}") for kind in ("parquet", "npz", "npy")]

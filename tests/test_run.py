@@ -118,8 +118,8 @@ def run_command(arguments, log):
       "error: --output=x.txt: end it in .parquet or .npz or .npy",
     ),
     (
-      ["--mode=verify", "--checkpoint=none", "--query=a", "--gallery=b"],
-      "error: --checkpoint=none is no folder: check the path",
+      ["--mode=verify", "--checkpoint=/none", "--query=a", "--gallery=b"],
+      "error: /none holds no checkpoint: ",
     ),
   ],
 )

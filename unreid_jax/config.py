@@ -158,6 +158,13 @@ def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
   return resolved
 
 
+def from_json(stored: Mapping[str, Any]) -> ConfigDict:
+  """The config that was written to a config.json, whose tuples are lists."""
+  is_list = lambda x: isinstance(x, list)
+  to_tuple = lambda x: tuple(x) if is_list(x) else x
+  return ConfigDict(jax.tree.map(to_tuple, dict(stored), is_leaf=is_list))
+
+
 def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
   """Refuses a config with which a stored run cannot go on.
 

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from unreid_jax import UserError, data, methods, report, sharding
-from unreid_jax.config import check, resolve
+from unreid_jax.config import check, from_json, resolve
 from unreid_jax.encode import load_encoder
 from unreid_jax.evaluate import Evaluation, evaluate
 from unreid_jax.preemption import Preemption
@@ -32,7 +32,7 @@ def write(config: ConfigDict | None, path: str) -> None:
   with contextlib.ExitStack() as stack:
     workdir = Workdir(path)
     checkpoint = find(path)
-    config = config or ConfigDict(workdir.stored_config())
+    config = config or from_json(workdir.stored_config())
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(Preemption())
