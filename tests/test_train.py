@@ -219,11 +219,34 @@ def test_any_number_of_devices(dataset, tmp_path, float64):
     np.testing.assert_allclose(a, b, 1e-6, 1e-9)
 
 
-def run_until(config, workdir, end):
-  """Trains, and stops after this step as if by a signal."""
+def run_until(config, workdir, end, in_labelling=False):
+  """Trains, and stops after this step as if by a signal.
+
+  With `in_labelling` the signal comes while the next epoch's images are
+  encoded, between the first batch and the second.
+  """
+  steps, batches = [], []
+  compile_step = train.compile_step
+
+  def compiled(*arguments):
+    compute = compile_step(*arguments)
+
+    def step(state, *rest):
+      steps.append(int(state.step) + 1)
+      return compute(state, *rest)
+
+    return step
+
+  def check(self):
+    batches.append(steps[-1:])
+    if in_labelling and batches[-2:] == [[end], [end]]:
+      raise train.Interrupted
+
   with pytest.MonkeyPatch.context() as patch:
-    requested = lambda self, step: step == end
+    patch.setattr(train, "compile_step", compiled)
+    requested = lambda self: steps[-1] == end and not in_labelling
     patch.setattr(train.Preemption, "requested", requested)
+    patch.setattr(train.Preemption, "check", check)
     try:
       train.train(config, str(workdir))
     except train.Interrupted as stopped:
@@ -242,7 +265,7 @@ def generator_config(**changes):
 @pytest.mark.parametrize(
   "config, stops",
   [
-    (cluster_config("hhcl", **{"method.memory": "instances"}), (3,)),
+    (cluster_config("hhcl", **{"method.memory": "instances"}), (3, 6)),
     (generator_config(), (1, 4)),
     (generator_config(alternate="epoch", generator_steps="1 epoch"), (4,)),
   ],
@@ -252,7 +275,7 @@ def test_labels_and_networks_are_resumed(dataset, tmp_path, config, stops):
   whole, parted = tmp_path / "whole", tmp_path / "parted"
   train.train(config, str(whole))
   for stop in stops:
-    run_until(config, parted, stop)
+    run_until(config, parted, stop, in_labelling=stop == 6)
   train.train(config, str(parted))
   texts = [(x / "metrics.jsonl").read_text() for x in (whole, parted)]
   assert texts[0] == texts[1]

@@ -56,7 +56,7 @@ class Preemption:
   def __enter__(self) -> "Preemption":
     import jax  # takes a second
 
-    self._notified = False
+    self._notified, self._turn = False, 0
     _deferred.clear()
     self._old = {}
     self._is_alone = jax.process_count() == 1
@@ -87,13 +87,19 @@ class Preemption:
     """Whether a signal has come; always False in one of several processes."""
     return self._notified
 
-  def requested(self, step: int) -> bool:
-    """Whether to save and stop after this step."""
+  def requested(self) -> bool:
+    """Whether to save and stop; of several processes, all call it as often."""
     if self._is_alone:
       return self._notified
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    self._turn += 1
+    return multihost_utils.reached_preemption_sync_point(self._turn)
+
+  def check(self) -> None:
+    """Raises `Interrupted` if the run is to stop; for before an epoch."""
+    if self.requested():
+      raise Interrupted("stopped before an epoch")
 
   def _notice(self, number, frame):
     del number, frame

@@ -28,28 +28,37 @@ def relabel(
   train_set: Split,
   key: Array,
   writer: Writer,
+  check: Callable[[], None],
 ) -> TrainState:
   """The state with an epoch's labels, and with banks that are made of them.
 
   If the method has no new labels, or less than two clusters, the last epoch's
   labels and banks stay; in the first epoch that is a UserError. `refresh` comes
-  from `make_refresh`, and `key` is the method's.
+  from `make_refresh`, and `key` is the method's. `check` is called before each
+  batch is encoded, and may raise.
   """
   config, step = parts.config, int(state.step)
   epoch, variables = step // config.steps_per_epoch, state.variables
 
+  def apply(*arguments):
+    check()
+    return parts.apply(*arguments)
+
   def encode_all(train: bool = False):
     nonlocal variables
     if not train:
-      encoder = encode.Encoder(parts.card, variables, parts.apply, parts.mesh)
+      encoder = encode.Encoder(parts.card, variables, apply, parts.mesh)
       size = config.evaluate_batch_size
       return encoder(train_set.images, size, "encode train")
     order = np.arange(len(train_set.images))
     np.random.default_rng(config.seed + epoch).shuffle(order)
     first = epoch * len(order)
-    run = lambda variables, images, start: parts.adapt(
-      variables, images, jax.random.fold_in(key, first + start)
-    )
+
+    def run(variables, images, start):
+      check()
+      batch_key = jax.random.fold_in(key, first + start)
+      return parts.adapt(variables, images, batch_key)
+
     variables, features = encode.encode(
       run, variables, train_set.images, config.batch_size, "encode train", order
     )

@@ -137,9 +137,14 @@ def train(config: ConfigDict, path: str) -> None:
     while step < end and not stop:
       epoch, done = divmod(step, steps_per_epoch)
       if done == 0:
-        state = relabel(
-          parts, state, refresh, dataset.train, method_key, writer
-        )
+        try:
+          state = relabel(
+            parts, state, refresh, dataset.train, method_key, writer,
+            preemption.check,
+          )  # fmt: skip
+        except Interrupted:  # the epoch begins anew
+          stop = True
+          break
       labels = np.array(state.labels)  # the step gives the state away
       found = None
       pauses = steps_per_epoch, due["evaluate"], due["checkpoint"]
@@ -156,7 +161,7 @@ def train(config: ConfigDict, path: str) -> None:
         if step % due["log"] == 0:
           check_finite(latest, step)
           writer.write(step, "train", jax.device_get(latest))
-        if stop := preemption.requested(step):
+        if stop := preemption.requested():
           break
       check_finite(latest, step)
       if step % steps_per_epoch == 0:
@@ -180,6 +185,8 @@ def train(config: ConfigDict, path: str) -> None:
           parts.config, writer,
         )  # fmt: skip
     if stop and step < end:
+      if checkpoints.latest("last") != step:
+        checkpoints.save("last", step, card, state)
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
 

@@ -84,6 +84,10 @@ class Checkpoints:
         "the last checkpoint"
       ) from None
 
+  def latest(self, which: str) -> int | None:
+    """The step of the newest checkpoint of a kind."""
+    return self._managers[which].latest_step()
+
   def forget(self, which: str, after: int) -> None:
     """Deletes checkpoints of later steps, which a killed run has left."""
     for step in self._managers[which].all_steps():
