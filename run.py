@@ -38,7 +38,9 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "", "Workdir, checkpoint or PyTorch weights; not the workdir's."
 )
-flags.DEFINE_string("format", None, "export: torch or torch_reference.")
+flags.DEFINE_string(
+  "format", None, "export: torch, torch_reference, onnx or stablehlo."
+)
 flags.DEFINE_string("images", None, "encode: the folder of the images.")
 flags.DEFINE_string(
   "query", None, "search, verify: an image; search: a folder."

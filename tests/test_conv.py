@@ -144,3 +144,14 @@ def test_windows_without_padding(shape):
   ]
   got = conv.max_pool(jnp.asarray(x), padded=False)
   assert_array_equal(got, np.array(want).transpose(2, 0, 1, 3))
+
+
+def test_depthwise_of_any_number_of_images():
+  """As an exported program has it, in which the number is a symbol."""
+  kernel = _random(3, 3, 1, 4)
+  (num,) = jax.export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((num, 7, 6, 4), jnp.float32)
+  program = jax.jit(lambda x: conv.depthwise(x, kernel, 2))
+  program = jax.export.export(program)(images)
+  x = _random(3, 7, 6, 4)
+  assert_allclose(program.call(x), conv.depthwise(x, kernel, 2), 1e-5, 1e-5)

@@ -1,5 +1,7 @@
 """What is exported holds what was trained, and opens where it says."""
 
+import dataclasses
+import json
 import re
 
 import jax
@@ -140,3 +142,57 @@ def test_scores_of_weights(tmp_path, monkeypatch, capsys):
   config.encoder.pooling = "gem"
   train.score(config, str(tmp_path / "run"), str(path))
   assert f" {100 * want.mAP:.1f} " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def runnable():
+  """Encoders that can be applied: one feature an image, and two."""
+  size = {"dataset.height": 32, "dataset.width": 16, "num_devices": 1}
+  made = {}
+  for head in "neck", "stripes":
+    config = tiny_config(**size)
+    config.encoder.update({"head": head, "width": 0.125})
+    config.encoder.update({"num_stripes": 2, "stripe_dim": 8})
+    config.encoder.embedding_dim = 16
+    card, mesh = make_card(config), sharding.make_mesh(1)
+    module, _ = encode.build(card, "")
+    variables = encode.draw(module, card, jax.random.key(0))
+    apply = encode.make_apply(module, card, mesh)
+    made[head] = encode.Encoder(card, variables, apply, mesh)
+  return made
+
+
+@pytest.mark.parametrize("head", ["neck", "stripes"])
+@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+def test_an_exported_program_gives_the_features(
+  runnable, tmp_path, head, format
+):
+  """For any number of images; another order of the colours is noticed."""
+  encoder, path = runnable[head], tmp_path / f"encoder.{format}"
+  if format == "onnx":
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
+  export.export(encoder, str(path), format)
+  images = np.random.default_rng(9).integers(0, 256, (5, 32, 16, 3), np.uint8)
+  if format == "stablehlo":
+    found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
+  else:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(None, {"images": images})
+  for a, b in zip(*map(jax.tree.leaves, (encoder(images), found)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  card = json.loads((tmp_path / f"encoder.{format}.json").read_text())
+  assert card["height"] == 32 and "[any number, 32, 16, 3]" in card["input"]
+  swapped = dataclasses.replace(
+    encoder, apply=lambda v, x: encoder.apply(v, x[..., ::-1])
+  )
+  with pytest.raises(UserError, match=r"features differ .* nothing is written"):
+    export.export(swapped, str(tmp_path / "other"), format)
+  assert not (tmp_path / "other").exists()
+
+
+def test_onnx_without_its_package(runnable, tmp_path, monkeypatch):
+  monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match="pip install jax2onnx"):
+    export.export(runnable["neck"], str(tmp_path / "x"), "onnx")

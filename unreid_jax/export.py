@@ -1,20 +1,26 @@
 """A trained encoder for other frameworks: a function and a name a format."""
 
+import importlib.util
 import json
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
 from unreid_jax import UserError, models, values
+from unreid_jax.data import augment
 from unreid_jax.encode import CARD, Encoder
 from unreid_jax.models.backbones.resnet import PLACES, ResNet
 from unreid_jax.models.pretrained import torch_name
 from unreid_jax.workdir import whole_file
 
+_TOLERANCE = 1e-4  # of features of length 1
 _LAYERS = {layer: place for place, layer in PLACES.items()}
 _log = logging.getLogger(__name__)
 
@@ -35,9 +41,13 @@ def export(encoder: Encoder, path: str, format: str) -> None:
     raise UserError(f'--format="{format}": set it to {" or ".join(FORMATS)}')
   if not path:
     raise UserError("say where to write to: --output=FILE")
+  path = values.expand(path, "--output")
   content = FORMATS[format](encoder)
-  with whole_file(values.expand(path, "--output"), "--output") as file:
+  with whole_file(path, "--output") as file:
     file.write(content)
+  if format in ("onnx", "stablehlo"):  # a card for people and programs
+    with whole_file(path.with_name(f"{path.name}.json"), "--output") as file:
+      file.write(json.dumps(_model_card(encoder), indent=2).encode())
   arch, size = encoder.card["encoder"]["arch"], len(content) / 2**20
   _log.info("%s: %s as %s, %.1f MB", path, arch, format, size)
 
@@ -105,8 +115,111 @@ def _safetensors(state_of: Callable) -> Callable[[Encoder], bytes]:
   return write
 
 
+def stablehlo(encoder: Encoder) -> bytes:
+  """A program for `jax.export.deserialize`, on CPUs, GPUs and TPUs.
+
+  From images u8[b, h, w, 3] of any number to features, weights included.
+
+  Raises:
+    UserError: its features are not the encoder's.
+  """
+  forward, images = _forward(encoder)
+  program = jax.export.export(
+    jax.jit(forward), platforms=("cpu", "cuda", "rocm", "tpu")
+  )(images)
+  content = program.serialize()
+  _check(encoder, jax.export.deserialize(content).call, "stablehlo")
+  return bytes(content)
+
+
+def onnx(encoder: Encoder) -> bytes:
+  """A model for ONNX runtimes; "images" u8[b, h, w, 3] of any number come in.
+
+  The outputs are the features, by the name "features", or "global" and "local".
+
+  Raises:
+    UserError: jax2onnx is not installed, or the features in onnxruntime are not
+      the encoder's.
+  """
+  if not importlib.util.find_spec("jax2onnx"):
+    raise UserError("jax2onnx is not installed: pip install jax2onnx onnxruntime")
+  import jax2onnx
+  import onnxruntime
+
+  forward, images = _forward(encoder)
+  logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+  shapes = jax.eval_shape(encoder.apply, encoder.variables, _zeros(encoder, 1))
+  names = sorted(shapes) if isinstance(shapes, dict) else ["features"]
+  model = jax2onnx.to_onnx(
+    forward, [images], opset=18, input_names=["images"], output_names=names
+  )
+  prop = model.metadata_props.add()
+  prop.key, prop.value = CARD, json.dumps(encoder.card)
+  content = model.SerializeToString()
+  session = onnxruntime.InferenceSession(
+    content, providers=["CPUExecutionProvider"]
+  )
+
+  def run(images):
+    return session.run(names, {"images": images})
+
+  _check(encoder, run, "onnx")
+  return content
+
+
+def _forward(encoder) -> tuple[Callable, jax.ShapeDtypeStruct]:
+  """From images to features, and the shape of any number of images."""
+  module = models.make(**encoder.card["encoder"])
+  colour = tuple(encoder.card["mean"]), tuple(encoder.card["std"])
+  variables = jax.tree.map(jnp.asarray, jax.device_get(encoder.variables))
+
+  def forward(images):
+    images = augment.normalise(images, *colour)
+    return module.apply(variables, images, train=False)
+
+  (num,) = jax.export.symbolic_shape("b")
+  return forward, _zeros(encoder, num)
+
+
+def _zeros(encoder, num):
+  shape = num, encoder.card["height"], encoder.card["width"], 3
+  return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+
+def _check(encoder, run, format) -> None:
+  """Refuses an exported encoder whose features are others."""
+  for num in 1, 3:
+    images = np.random.default_rng(num).integers(
+      0, 256, _zeros(encoder, num).shape, np.uint8
+    )
+    pairs = zip(
+      *map(jax.tree.leaves, (encoder(images), run(images))), strict=True
+    )
+    error = max(float(np.abs(a - np.asarray(b)).max()) for a, b in pairs)
+    if not error <= _TOLERANCE:
+      raise UserError(
+        f"--format={format}: its features differ from the encoder's by "
+        f"{error:.2g}, so nothing is written: choose another format"
+      )
+
+
+def _model_card(encoder) -> dict[str, Any]:
+  """What one must know to use the file."""
+  height, width = encoder.card["height"], encoder.card["width"]
+  return {
+    "input": f"images, uint8 [any number, {height}, {width}, 3], RGB; colours "
+    "are normalised inside",
+    "output": "unit features; the cosine of two is their similarity",
+    "weights": "those of the training, whose licence is that of its images and "
+    "of the weights it began with",
+    **encoder.card,
+  }
+
+
 # A function turns an encoder into the content of a file.
 FORMATS: dict[str, Callable[[Encoder], bytes]] = {
+  "onnx": onnx,
+  "stablehlo": stablehlo,
   "torch": _safetensors(torch_state),
   "torch_reference": _safetensors(reference_state),
 }

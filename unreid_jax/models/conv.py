@@ -91,7 +91,8 @@ def depthwise(
   That is "SAME": ceil(h / stride) rows come out, and of an odd number of pixels
   of padding the last one is on the right or bottom.
   """
-  if jax.default_backend() == "cpu":
+  is_exported = not isinstance(x.shape[0], int)  # of any size
+  if jax.default_backend() == "cpu" and not is_exported:
     return _depthwise(x, kernel, stride)
   strides, groups = (stride, stride), x.shape[-1]
   return _lax_conv(x, kernel, strides, "SAME", feature_group_count=groups)
