@@ -12,6 +12,7 @@ from unreid_jax import UserError
 
 AXIS = "data"
 ROWS = P(AXIS)  # batches and banks: the first axis is split
+ROWS_OF_PARTS = P(None, AXIS)  # a batch in parts: the rows of each
 COPY = P()  # parameters: everywhere the same
 
 
@@ -50,11 +51,16 @@ def per_shard(
   return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs)
 
 
-def constrain_rows(array: jax.Array) -> jax.Array:
-  """Splits the first axis over the mesh of `jax.set_mesh`, if there is one."""
+def constrain(array: jax.Array, spec: P) -> jax.Array:
+  """Splits an array over the mesh of `jax.set_mesh`, if there is one."""
   if jax.sharding.get_abstract_mesh().empty:
     return array
-  return jax.lax.with_sharding_constraint(array, ROWS)
+  return jax.lax.with_sharding_constraint(array, spec)
+
+
+def constrain_rows(array: jax.Array) -> jax.Array:
+  """Splits the first axis over the mesh of `jax.set_mesh`, if there is one."""
+  return constrain(array, ROWS)
 
 
 def put_rows(mesh: Mesh, array: Any, rows: np.ndarray) -> jax.Array:
