@@ -30,6 +30,9 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "evaluate"], "evaluate: score the checkpoints."
 )
+_PROFILE = flags.DEFINE_integer(
+  "profile", 0, "Steps whose times go to WORKDIR/profile.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -41,11 +44,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     peers.join()
+    _keep_compiled()
     config = _config()
     workdir = _WORKDIR.value
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
-    modes = {"train": train.train, "evaluate": train.score}
-    modes[_MODE.value](config, workdir)
+    if _MODE.value == "train":
+      train.train(config, workdir, _PROFILE.value)
+    else:
+      train.score(config, workdir)
   except UserError as error:
     _fail(error)
   except OSError as error:
@@ -68,6 +74,26 @@ def main(argv: list[str]) -> None:
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
+
+
+def _keep_compiled():
+  """Lets JAX keep what it compiles for the next start, if it is not told where.
+
+  Where nothing can be written, everything is compiled each time.
+  """
+  import jax
+
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  try:
+    folder = pathlib.Path.home() / ".cache" / "unreid_jax" / "compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError):  # RuntimeError: there is no home
+    return
+  if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Also what compiles soon: there is a lot of it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _config():

@@ -34,8 +34,8 @@ class OneLayer(nn.Module):
 
 def tiny_encoder(name, head, running):
   norm = functools.partial(GhostBatchNorm, 4, running)
-  if name == "supervised":  # with blocks that images skip
-    options = {"dim": 32, "heads": 2, "depth": 2, "patch": 4, "stride": 4}
+  if name == "supervised":  # with a block that half of the images skip
+    options = {"dim": 32, "heads": 1, "depth": 2, "patch": 4, "stride": 4}
     options |= {"drop_path": 0.5, "dtype": "float64"}
     return Encoder(ViT(**options, norm=norm), Neck("token", norm))
   if head == "stripes":

@@ -25,6 +25,7 @@ class Workdir:
     log: what stood on the terminal, with the time.
     events: TensorBoard's folder.
     features: the features of the train set, if the data set has no queries.
+    profile: the folder of the traces of `jax.profiler`.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -33,6 +34,7 @@ class Workdir:
     self.log = self.path / "log.txt"
     self.events = self.path / "tensorboard"
     self.features = self.path / "features.npz"
+    self.profile = self.path / "profile"
     self._config = self.path / "config.json"
 
   @contextlib.contextmanager
