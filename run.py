@@ -51,6 +51,9 @@ flags.DEFINE_integer("top", None, "search: how many images are shown; 10.", 1)
 flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
 flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
 flags.DEFINE_string("cache_dir", None, "Where features are kept.")
+_PROFILE = flags.DEFINE_integer(
+  "profile", 0, "Steps whose times go to WORKDIR/profile.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
+    _keep_compiled()
     if _MODE.value in ("encode", "search", "verify", "export"):
       return _use_encoder(_MODE.value)
     peers.join()
@@ -75,8 +79,12 @@ def main(argv: list[str]) -> None:
         f"--checkpoint is not for --mode={_MODE.value}: train from weights "
         "with --config.encoder.pretrained=FILE"
       )
+    elif _MODE.value == "report":
+      from unreid_jax.report import from_workdir  # it takes a second, too
+
+      from_workdir.write(config, workdir)
     else:
-      {"train": train.train, "report": _report}[_MODE.value](config, workdir)
+      train.train(config, workdir, _PROFILE.value)
   except UserError as error:
     _fail(error)
   except OSError as error:
@@ -101,12 +109,6 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _report(config, workdir):
-  from unreid_jax.report import from_workdir
-
-  from_workdir.write(config, workdir)
-
-
 def _use_encoder(mode):
   """Runs a mode of `commands`; its arguments are the options it takes.
 
@@ -125,6 +127,26 @@ def _use_encoder(mode):
   if _config_file(sys.argv):
     given["card"] = make_card(_config())
   run(**given)
+
+
+def _keep_compiled():
+  """Lets JAX keep what it compiles for the next start, if it is not told where.
+
+  Where nothing can be written, everything is compiled each time.
+  """
+  import jax
+
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  try:
+    folder = pathlib.Path.home() / ".cache" / "unreid_jax" / "compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError):  # RuntimeError: there is no home
+    return
+  if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Also what compiles soon: there is a lot of it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _config():

@@ -41,6 +41,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "num_devices": 0,  # 0: all
       "epochs": 50,
       "batch_size": 8,  # over all devices
+      "micro_batches": 1,  # parts of it, encoded in turn: less memory
       "evaluate_batch_size": 128,
       "evaluate_every": "10 epochs",
       "checkpoint_every": "1 epoch",

@@ -66,6 +66,15 @@ def run_command(arguments, log):
       ["--config.method.gradient=no", "--config.epochs=1"],
       'error: method.gradient is "no": set it to "sequential" or "frozen"',
     ),
+    (
+      ["--config.micro_batches=4"],
+      "error: micro_batches=4 would cut a group of batch norm: set it to a div",
+    ),
+    (
+      ["--config.micro_batches=3", "--config.num_devices=1"],
+      "error: micro_batches=3: batch_size=32 is no multiple of 3 x 1 devices: ",
+    ),
+    (["--profile=-1"], "error: flag --profile=-1: "),
     (["--config.batch_size=7000"], "error: 1080 train images are fewer than"),
     (
       ["--config=configs/hhcl.py", "--config.sampler.num_instances=5"],
@@ -165,3 +174,46 @@ def refused(tmp_path, arguments):
   assert process.exitcode == 2, printed
   assert "Traceback" not in printed
   return printed.strip()
+
+
+def compile_one(home, folder, log):
+  """The body of a process: run.py's cache, one program, hits and misses."""
+  import jax
+
+  import run
+
+  os.environ["HOME"] = str(home)
+  if folder is None:
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+  else:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  jax.config.update("jax_compilation_cache_dir", folder)
+  seen = []
+  jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
+  run._keep_compiled()
+  assert jax.jit(lambda x: 3 * x + 1)(jax.numpy.arange(4.0)).sum() == 22
+  count = lambda what: sum(x.endswith(f"cache_{what}") for x in seen)
+  log.write_text(f"{count('hits') > 0} {count('misses') > 0}")
+
+
+def test_what_is_compiled_is_kept(tmp_path):
+  """For the next start; not if it is damaged, or the user has said where."""
+
+  def start(home=tmp_path, folder=None):
+    log = tmp_path / "log"
+    process = FORKS.Process(target=compile_one, args=(home, folder, log))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return log.read_text()
+
+  kept = tmp_path / ".cache" / "unreid_jax" / "compiled"
+  for folder in "", f"{tmp_path}/own":
+    start(folder=folder)
+    assert not kept.exists()
+  assert start(home="/dev/null") == "False False"
+  assert start() == "False True"
+  assert start() == "True False"
+  for path in kept.glob("*-cache"):
+    path.write_bytes(path.read_bytes()[:99])
+  assert start().startswith("False")

@@ -27,6 +27,7 @@ class Run(TypedDict):
   num_devices: Free[CountOrZero]
   epochs: Free[Count]
   batch_size: Count
+  micro_batches: Free[Count]
   evaluate_batch_size: Free[Count]
   evaluate_every: Free[Duration]
   checkpoint_every: Free[Duration]
@@ -63,6 +64,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   """
   values.check(kinds(), config.to_dict())
   _check_devices(config, num_devices)
+  _check_micro_batches(config, num_devices)
   smaller = min(config.dataset.height, config.dataset.width)
   if config.augment.pad >= smaller:
     raise UserError(
@@ -107,6 +109,23 @@ def _check_devices(config, num):
   if name in config:
     advice += f", or {name} to {max(size // num, 1) * num}"
   raise UserError(f"{how} no multiple of {num} devices: {advice}")
+
+
+def _check_micro_batches(config, num_devices):
+  """Whether all devices can share each part, and none cuts a group."""
+  num, batch = config.micro_batches, config.batch_size
+  if batch % (num * num_devices):
+    raise UserError(
+      f"micro_batches={num}: batch_size={batch} is no multiple of {num} x "
+      f"{num_devices} devices: change any of them"
+    )
+  size, group = batch // num, config.encoder.bn_group_size or batch
+  if size % group and batch % group == 0:
+    raise UserError(
+      f"micro_batches={num} would cut a group of batch norm: set it to a "
+      f"divisor of {batch // group}, or encoder.bn_group_size to {size}, which "
+      "is another batch norm"
+    )
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

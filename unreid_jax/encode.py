@@ -285,11 +285,14 @@ def encode(
   mesh, num = jax.sharding.get_mesh(), len(images)
   order = np.arange(num) if order is None else order
   parts, starts = [], range(0, num, batch_size)
-  for start in progress.track(starts, title, num, batch_size):
-    rows = order[np.arange(start, start + batch_size) % num]
-    batch = sharding.put_rows(mesh, images, rows)
-    carry, features = step(carry, batch, start)
-    parts.append(jax.device_get(features))
+  rows = (order[np.arange(x, x + batch_size) % num] for x in starts)
+  batches = sharding.batches(mesh, {"images": images}, rows)
+  both = zip(starts, batches, strict=True)
+  for start, batch in progress.track(both, title, num, batch_size):
+    carry, features = step(carry, batch["images"], start)
+    parts.append(features)
+    parts[-2:-1] = jax.device_get(parts[-2:-1])  # the device works meanwhile
+  parts[-1] = jax.device_get(parts[-1])
   back = np.argsort(order)
   return carry, jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
 

@@ -142,7 +142,9 @@ def onnx(encoder: Encoder) -> bytes:
       the encoder's.
   """
   if not importlib.util.find_spec("jax2onnx"):
-    raise UserError("jax2onnx is not installed: pip install jax2onnx onnxruntime")
+    raise UserError(
+      "jax2onnx is not installed: pip install jax2onnx onnxruntime"
+    )
   import jax2onnx
   import onnxruntime
 

@@ -1,6 +1,8 @@
 """The mesh and its two shardings: rows over the devices, or a copy on each."""
 
-from collections.abc import Callable
+import collections
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from unreid_jax import UserError
 
 AXIS = "data"
 ROWS = P(AXIS)  # batches and banks: the first axis is split
+ROWS_OF_PARTS = P(None, AXIS)  # a batch in parts: the rows of each
 COPY = P()  # parameters: everywhere the same
 
 
@@ -50,11 +53,16 @@ def per_shard(
   return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs)
 
 
-def constrain_rows(array: jax.Array) -> jax.Array:
-  """Splits the first axis over the mesh of `jax.set_mesh`, if there is one."""
+def constrain(array: jax.Array, spec: P) -> jax.Array:
+  """Splits an array over the mesh of `jax.set_mesh`, if there is one."""
   if jax.sharding.get_abstract_mesh().empty:
     return array
-  return jax.lax.with_sharding_constraint(array, ROWS)
+  return jax.lax.with_sharding_constraint(array, spec)
+
+
+def constrain_rows(array: jax.Array) -> jax.Array:
+  """Splits the first axis over the mesh of `jax.set_mesh`, if there is one."""
+  return constrain(array, ROWS)
 
 
 def put_rows(mesh: Mesh, array: Any, rows: np.ndarray) -> jax.Array:
@@ -62,3 +70,24 @@ def put_rows(mesh: Mesh, array: Any, rows: np.ndarray) -> jax.Array:
   shape, split = (len(rows), *array.shape[1:]), NamedSharding(mesh, ROWS)
   own_part = lambda index: np.asarray(array[rows[index[0]]])
   return jax.make_array_from_callback(shape, split, own_part)
+
+
+def batches(
+  mesh: Mesh, arrays: dict[str, Any], rows: Iterable[np.ndarray]
+) -> Iterator[dict[str, jax.Array]]:
+  """Yields the rows of each array that belong to a batch, on the devices.
+
+  A thread gathers and puts them, up to two batches ahead. What goes wrong in it
+  is raised where the batch is asked for; it ends with the iterator.
+  """
+  put = lambda rows: {k: put_rows(mesh, x, rows) for k, x in arrays.items()}
+  pool, ahead = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+  try:
+    for some in rows:
+      ahead.append(pool.submit(put, some))
+      if len(ahead) > 2:
+        yield ahead.popleft().result()
+    while ahead:
+      yield ahead.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)

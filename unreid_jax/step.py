@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from unreid_jax import sharding
 from unreid_jax.methods import Batch
@@ -19,7 +20,8 @@ def make_train_step(parts: Parts) -> Callable:
 
   `rows` are a dict of the batch's images, indices, labels and camids.
   """
-  steps_per_epoch = parts.config.steps_per_epoch
+  config = parts.config
+  steps_per_epoch = config.steps_per_epoch
 
   def train_step(state: TrainState, rows: dict[str, Array], key: Array):
     step_key = jax.random.fold_in(key, state.step)
@@ -30,13 +32,15 @@ def make_train_step(parts: Parts) -> Callable:
 
     def encode(params):
       variables = {"params": params, "batch_stats": state.batch_stats}
-      return parts.module.apply(
-        variables,
+      apply = lambda images, first: parts.module.apply(
+        variables | {"batch": {"backbone": {"first": first}}},
         images,
         train=True,
         mutable=["batch_stats"],
         rngs={"drop_path": step_key},  # Flax mixes in the place of each use
       )
+      num, running = config.micro_batches, config.encoder.bn_running
+      return in_micro_batches(apply, images, num, running)
 
     features, pull_back, updated = jax.vjp(encode, state.params, has_aux=True)
     in_features = jax.value_and_grad(parts.method.step, 1, has_aux=True)
@@ -68,6 +72,41 @@ def make_train_step(parts: Parts) -> Callable:
     return new_state, {"loss": loss} | norms | figures
 
   return train_step
+
+
+def in_micro_batches(
+  apply: Callable, images: Float[Array, "b h w 3"], num: int, running: str
+) -> tuple[Any, Any]:
+  """The encoder of one part of the batch after the other, in training mode.
+
+  Of each part only the images are kept for the gradient, which encodes it once
+  more. The parts are encoded by a loop, which XLA cannot unroll into parts that
+  are in memory at the same time.
+
+  Args:
+    apply: `apply(images, first) -> features, variables`, where the variables
+      are the running statistics after the images, the first of which is the
+      batch's image `first`.
+    images: a batch.
+    num: the number of parts; each has whole groups of batch norm.
+    running: see `norm.GhostBatchNorm`.
+
+  Returns:
+    What `apply` returns for the whole batch, but for rounding.
+  """
+  if num == 1:
+    return apply(images, 0)
+  # Parts are consecutive images, and so are the groups of batch norm: they stay
+  # the same on any number of devices. Each part is dealt out to all of them
+  # anew, which moves the images of a batch, and its features back.
+  split = lambda x: x.reshape(num, -1, *x.shape[1:])
+  starts = jnp.arange(0, len(images), len(images) // num, dtype=jnp.int32)
+  images = sharding.constrain(split(images), sharding.ROWS_OF_PARTS)
+  one = jax.checkpoint(lambda part: apply(*part), prevent_cse=False)
+  features, updated = jax.lax.map(one, (images, starts))
+  join = lambda x: sharding.constrain_rows(x.reshape(-1, *x.shape[2:]))
+  of_batch = lambda x: x[0] if running == "first" else x.mean(0)
+  return jax.tree.map(join, features), jax.tree.map(of_batch, updated)
 
 
 def compile_step(parts: Parts, state: TrainState, key: Array) -> Callable:

@@ -47,11 +47,18 @@ from unreid_jax.workdir.checkpoints import (
   read_card,
 )
 from unreid_jax.workdir.sessions import Session
+from unreid_jax.workdir.trace import Trace
 from unreid_jax.workdir.writer import Writer
 
 
-def train(config: ConfigDict, path: str) -> None:
+def train(config: ConfigDict, path: str, profile: int = 0) -> None:
   """Trains, evaluates and saves; goes on from the last checkpoint in `path`.
+
+  Args:
+    config: as the user has set it.
+    path: the workdir.
+    profile: how many steps, from the second one on, are traced by
+      `jax.profiler`, with all that lies between them.
 
   Raises:
     UserError: bad input, or a loss, gradient or weight that is not finite.
@@ -132,6 +139,7 @@ def train(config: ConfigDict, path: str) -> None:
       what: parts.config[f"{what}_every"] or end
       for what in ("evaluate", "checkpoint", "log")
     }
+    trace = stack.enter_context(Trace(workdir, step + 1, profile))
     preemption.defer()
     stop = False
     while step < end and not stop:
@@ -153,17 +161,17 @@ def train(config: ConfigDict, path: str) -> None:
       title, latest = f"epoch {epoch + 1}/{config.epochs}", None
       arrays = {"images": images, "indices": indices, "camids": camids}
       arrays["labels"] = labels
-      for rows in writer.track(rows_of_steps, title, scale=config.batch_size):
-        batch = {k: sharding.put_rows(mesh, x, rows) for k, x in arrays.items()}
-        previous, (state, latest) = latest, train_step(state, batch, key)
-        check_finite(previous, step)  # one late: the device has work meanwhile
+      batches = sharding.batches(mesh, arrays, rows_of_steps)
+      total, size = rows_of_steps.size, config.batch_size
+      for batch in writer.track(batches, title, total, size):
+        with trace.step(step, state):
+          previous, (state, latest) = latest, train_step(state, batch, key)
+        # One late: the device has work meanwhile.
+        report_step(previous, step, due["log"], writer)
         step += 1
-        if step % due["log"] == 0:
-          check_finite(latest, step)
-          writer.write(step, "train", jax.device_get(latest))
         if stop := preemption.requested():
           break
-      check_finite(latest, step)
+      report_step(latest, step, due["log"], writer)
       if step % steps_per_epoch == 0:
         report_epoch(parts, state, writer)
       if step == end or step % due["evaluate"] == 0:
@@ -305,6 +313,15 @@ def report_scores(
   text = "  ".join(f"{key} {100 * x:.1f}" for key, x in found.scores.items())
   writer.log(f"{name:<19} {text}")
   return found
+
+
+def report_step(
+  figures: dict[str, Array] | None, step: int, every: int, writer: Writer
+) -> None:
+  """Checks the figures of a step, if there are any, and writes those due."""
+  check_finite(figures, step)
+  if figures and step % every == 0:
+    writer.write(step, "train", jax.device_get(figures))
 
 
 def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:

@@ -27,6 +27,7 @@ class Workdir:
     features: the features of the train set, if the data set has no queries.
     sessions: when, on what and with which code the run was made.
     report: a page for people, with pictures.
+    profile: the folder of the traces of `jax.profiler`.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -37,6 +38,7 @@ class Workdir:
     self.features = self.path / "features.npz"
     self.sessions = self.path / "sessions.json"
     self.report = self.path / "report.html"
+    self.profile = self.path / "profile"
     self._config = self.path / "config.json"
 
   @contextlib.contextmanager

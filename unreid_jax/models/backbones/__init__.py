@@ -37,7 +37,10 @@ class Backbone(Protocol):
   ) -> Float[Array, "b h w c"] | Tokens:
     """From normalised images to a feature map.
 
-    Of what it drops at random in training, the key is make_rng("drop_path").
+    Of what it drops at random in training, the key is make_rng("drop_path"),
+    with which an image's row is mixed: its number in x, plus the variable
+    "first" of the collection "batch", 0 if there is none, as x may be a part
+    of the batch.
     """
 
   def torch_key(self, key: str) -> str:

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from unreid_jax import UserError
 from unreid_jax.models import clip_names
@@ -73,12 +74,13 @@ class ViT(nn.Module):
     x += positions.astype(x.dtype).reshape(1, 1 + h * w, dim)
     if self.projection:
       x = norm(name="norm_pre")(x)
+    first = self.get_variable("batch", "first", 0)
     block = nn.remat(Block, static_argnums=2) if self.remat else Block
     # As in timm, the probability grows from 0 in the first block.
     for i, drop in enumerate(np.linspace(0, self.drop_path, self.depth)):
       gelu = quick_gelu if self.projection else exact_gelu
       x = block(self.heads, float(drop), gelu, norm, name=f"blocks_{i}")(
-        x, train
+        x, train, first
       )
     x = norm(name="norm")(x)
     if self.projection:
@@ -160,7 +162,9 @@ class Block(nn.Module):
   norm: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n c"], train: bool) -> Array:
+  def __call__(
+    self, x: Float[Array, "b n c"], train: bool, first: Int[ArrayLike, ""] = 0
+  ) -> Array:
     b, n, dim = x.shape
     dense = functools.partial(nn.Dense, dtype=x.dtype, kernel_init=_INIT)
     qkv = dense(3 * dim, name="attn_qkv")(self.norm(name="norm1")(x))
@@ -171,19 +175,24 @@ class Block(nn.Module):
     weights = jax.nn.softmax(logits).astype(x.dtype)
     y = jnp.einsum("bhqk,bkhc->bqhc", weights, v)
     y = dense(dim, name="attn_proj")(y.reshape(b, n, dim))
-    x += self._drop(y, train)
+    x += self._drop(y, train, first)
     y = dense(4 * dim, name="mlp_fc1")(self.norm(name="norm2")(x))
     y = dense(dim, name="mlp_fc2")(self.gelu(y))
-    return x + self._drop(y, train)
+    return x + self._drop(y, train, first)
 
   @nn.nowrap
-  def _drop(self, x, train):
-    """Zeros for some images of a batch: stochastic depth."""
+  def _drop(self, x, train, first):
+    """Zeros for some images of a batch: stochastic depth.
+
+    Each image has a key of its own, by its row in the batch, so that it is
+    treated alike in a batch and in a part of it that begins at row `first`.
+    """
     if not train or not self.drop_path:
       return x
     key, keep = self.make_rng("drop_path"), 1 - self.drop_path
-    stays = jax.random.bernoulli(key, keep, (len(x), 1, 1))
-    return jnp.where(stays, x / keep, 0)
+    draw = lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), keep)
+    stays = jax.vmap(draw)(first + jnp.arange(len(x), dtype=jnp.int32))
+    return jnp.where(stays[:, None, None], x / keep, 0)
 
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
