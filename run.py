@@ -2,6 +2,9 @@
 
 Single keys are overridden as --config.optim.lr=1e-3. A run that stopped, in
 whatever way, goes on when it is started again with the same command.
+
+Several processes: --launch=N here, or one on each host, see --distributed,
+--coordinator, --num_processes, --process_id, --restarts (--helpfull).
 """
 
 import os
@@ -66,6 +69,11 @@ def main(argv: list[str]) -> None:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     _keep_compiled()
     if _MODE.value in ("encode", "search", "verify", "export"):
+      if launch.PLACE in os.environ:
+        raise UserError(
+          f"--mode={_MODE.value} is for one process: add --distributed=off, "
+          "and leave --launch out"
+        )
       return _use_encoder(_MODE.value)
     peers.join()
     workdir = _WORKDIR.value
@@ -120,7 +128,7 @@ def _use_encoder(mode):
   run = getattr(commands, mode)
   takes = inspect.signature(run).parameters
   options = flags.FLAGS.flag_values_dict()
-  given = {k: options[k] for k in takes if options.get(k) not in (None, "")}
+  given = {k: options[k] for k in takes if options.get(k) not in (None, "", [])}
   for name in takes:
     if name not in given and takes[name].default is inspect.Parameter.empty:
       raise UserError(f"--mode={mode} needs --{name}")

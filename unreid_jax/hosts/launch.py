@@ -26,6 +26,7 @@ PATIENCE = 60  # seconds that the others have to end after one has failed
 _SAID = (2, preemption.STATUS, LOST)  # these say in a line of their own why
 # What C++ writes when another process is gone; kept back until the end.
 _CRASH = re.compile(rb"[EF]\d{4} \d\d:.*(coordination|client\.h)")
+_ERROR = re.compile(rb"error: (?:process \d+: )?(.*)")
 # What C++ and Orbax write while all goes well.
 _NOISE = re.compile(rb"\[Gloo\] Rank|[WE]\d{4} \d\d:.*(preemption|SIGTERM)")
 _FLAGS = flags.FlagValues()
@@ -96,6 +97,7 @@ class _Family:
 
   def __init__(self, argv, places):
     self.is_stopping, self._forwards, self._places = False, [], places
+    self._errors = set()
     self._children = [self._start(argv, own, len(places)) for own in places]
     for number in preemption.ours():
       signal.signal(number, self._stop)
@@ -142,7 +144,9 @@ class _Family:
     prefix = f"[{own['process_id']}] ".encode() if num > 1 else b""
     for source, to in (child.stdout, sys.stdout), (child.stderr, sys.stderr):
       thread = threading.Thread(
-        target=_forward, args=(source, to.buffer, prefix), daemon=True
+        target=_forward,
+        args=(source, to.buffer, prefix, self._errors),
+        daemon=True,
       )
       thread.start()
       self._forwards.append(thread)
@@ -167,12 +171,18 @@ class _Family:
         child.kill()
 
 
-def _forward(source, to, prefix):
-  """Copies lines, but not the stack of a process that has lost another one."""
+def _forward(source, to, prefix, errors):
+  """Copies lines, but not the stack of a process that has lost another one.
+
+  An error that ends several processes is shown once; `errors` are those so far.
+  """
   held = []
   for line in source:
-    if _NOISE.match(line):
+    error = _ERROR.match(line)
+    if _NOISE.match(line) or (error and error[1] in errors):
       continue
+    if error:
+      errors.add(error[1])
     if held or _CRASH.match(line):
       held.append(line)
       continue

@@ -155,9 +155,10 @@ class Block(nn.Module):
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """min(max(x, 0), 6), whose gradient at 0 and at 6 is 0 as in PyTorch."""
+  low, high = x.dtype.type(0), x.dtype.type(6)
   if not isinstance(x.shape[0], int):  # jax2onnx has no clamp of any size
-    return jnp.minimum(jnp.maximum(x, 0), 6)
-  return jax.lax.clamp(x.dtype.type(0), x, x.dtype.type(6))
+    return jnp.minimum(jnp.maximum(x, low), high)
+  return jax.lax.clamp(low, x, high)
 
 
 def _multiple_of_8(channels: float) -> int:
