@@ -22,16 +22,17 @@ def load(root, **options):
   return data.load("folder", root=str(root), **options)
 
 
-def test_people_without_cameras(tmp_path):
+def test_people_without_cameras(tmp_path, caplog):
   """Sub-folders and file names may say who it is; all images count."""
+  caplog.set_level("INFO")
   root = make(
     tmp_path / "own",
     "query/ann/x.png",
     "query/bob_2.png",
     "gallery/bob/a/1.png",
     "gallery/ann_1.png",
-    "gallery/ann_c3_1.png",
-    "gallery/-1_5.png",
+    "gallery/ann_c_1.png",
+    "gallery/-1_c5.png",
     "gallery/zoe.png",
   )
   dataset = load(root)
@@ -39,21 +40,24 @@ def test_people_without_cameras(tmp_path):
   assert dataset.query.names == ("ann/x.png", "bob_2.png")
   assert list(dataset.query.pids) == [1, 2]
   assert dataset.gallery.names == (
-    "ann_1.png", "ann_c3_1.png", "bob/a/1.png", "zoe.png"
+    "ann_1.png", "ann_c_1.png", "bob/a/1.png", "zoe.png"
   )  # fmt: skip
   assert list(dataset.gallery.pids) == [1, 1, 2, 3]
   assert not set(dataset.query.camids) & set(dataset.gallery.camids)
   np.testing.assert_array_equal(
     dataset.gallery.images[:, 0, 0, 0], [3, 4, 2, 6]
   )
+  assert "no cameras: every gallery image of the person" in caplog.text
 
 
-def test_cameras_count_if_every_name_has_one(tmp_path):
+def test_cameras_count_if_every_name_has_one(tmp_path, caplog):
+  caplog.set_level("INFO")
   root = make(
     tmp_path / "own",
     "query/ann/k_c2.png",
     "gallery/ann/k_c2_1.png",
     "gallery/ann_c13s1.png",
+    "gallery/-1_5.png",
     "train/left/1.png",
     "train/right/1.png",
   )
@@ -62,6 +66,7 @@ def test_cameras_count_if_every_name_has_one(tmp_path):
   assert list(dataset.gallery.camids) == [2, 13]
   assert list(dataset.train.camids) == [1, 2]
   assert list(dataset.train.pids) == [-1, -1]
+  assert "cameras: images of the person under the query" in caplog.text
 
 
 def test_mistakes(tmp_path):
@@ -70,6 +75,15 @@ def test_mistakes(tmp_path):
     load(root)
   make(root, "query/-1.png", "gallery/-1.png")  # junk is nobody
   with pytest.raises(UserError, match=r"query and .*gallery have no person in"):
+    load(root)
+
+
+@pytest.mark.parametrize("lacks", ["query/ann/2.png", "gallery/ann_7.png"])
+def test_one_name_without_a_camera(tmp_path, lacks):
+  """It would change what counts as a match, for all."""
+  has = "query/ann/1_c1.png", "gallery/ann_c2.png"
+  root = make(tmp_path / "own", *has, lacks)
+  with pytest.raises(UserError, match=f"{root / lacks} names no camera"):
     load(root)
 
 

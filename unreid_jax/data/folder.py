@@ -1,5 +1,6 @@
 """Any folder of crops: what its sub-folders and file names say."""
 
+import logging
 import os
 import pathlib
 import re
@@ -12,6 +13,8 @@ from unreid_jax.data import images
 from unreid_jax.data.images import File
 from unreid_jax.values import expand
 
+_log = logging.getLogger(__name__)
+
 
 def splits_in(root: str) -> dict[str, list[File]]:
   """The files of each split of a folder, whose name may be anything.
@@ -20,12 +23,13 @@ def splits_in(root: str) -> dict[str, list[File]]:
   train is trained on. A person is a sub-folder of query and gallery, as in
   query/alice/1.jpg, or else what stands before the first "_" of a file's name,
   as in query/alice_1.jpg; "-1" is junk and is left out. Cameras count if every
-  name has one, as alice_c3_1.jpg has; otherwise every gallery image of the
+  name has one, as alice_c3_1.jpg has; if none has, every gallery image of the
   query's person is a match, of whatever camera. Any other folder is a train set
   without identities (pid -1), see `files_in`.
 
   Raises:
-    UserError: see `files_in`; or query and gallery have no person in common.
+    UserError: see `files_in`; query and gallery have no person in common; or
+      some of their images have a camera and some have none.
   """
   folder = expand(root, "dataset.root")
   tests = {split: folder / split for split in ("query", "gallery")}
@@ -35,13 +39,9 @@ def splits_in(root: str) -> dict[str, list[File]]:
   names = [file.name for files in found.values() for file in files]
   people = sorted(set(map(person_in, names)) - {"-1"})
   pids = {who: pid for pid, who in enumerate(people, 1)} | {"-1": -1}
-  has_cameras = None not in map(_camera, names)
   for number, (split, files) in enumerate(found.items(), 1):
     known = [
-      file._replace(
-        pid=pids[person_in(file.name)],
-        camid=_camera(file.name) if has_cameras else number,
-      )
+      file._replace(pid=pids[person_in(file.name)], camid=number)
       for file in files
     ]
     found[split] = [file for file in known if file.pid != -1]
@@ -50,9 +50,30 @@ def splits_in(root: str) -> dict[str, list[File]]:
       f"{tests['query']} and {tests['gallery']} have no person in common: name "
       "the images PERSON/FILE or PERSON_FILE in both"
     )
+  if _have_cameras([file for files in found.values() for file in files]):
+    for split, files in found.items():
+      found[split] = [x._replace(camid=_camera(x.name)) for x in files]
   if (folder / "train").is_dir():
     found["train"] = files_in(str(folder / "train"))
   return found
+
+
+def _have_cameras(files) -> bool:
+  """Whether the names of all test images have a camera; it is logged."""
+  having, lacking = [], []
+  for file in files:
+    (lacking if _camera(file.name) is None else having).append(file.path)
+  if having and lacking:
+    raise UserError(
+      f"{lacking[0]} names no camera (_cNUMBER), but {having[0]} does: let all "
+      "images of query and gallery name one, or none"
+    )
+  _log.info(
+    "cameras: images of the person under the query's camera do not count"
+    if having
+    else "no cameras: every gallery image of the person is a match"
+  )
+  return bool(having)
 
 
 def person_in(name: str) -> str:
