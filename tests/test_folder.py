@@ -78,6 +78,23 @@ def test_mistakes(tmp_path):
     load(root)
 
 
+@pytest.mark.parametrize(
+  "parts, words",
+  [
+    (("train", "query", "galery"), "holds train and query, but no gallery:"),
+    (("query",), "holds query, but no gallery:"),
+    (("gallery",), "holds gallery, but no query:"),
+    (("train", "test"), "holds train, but no query and no gallery:"),
+  ],
+)
+def test_a_misspelt_part(tmp_path, parts, words):
+  """Test images are not trained on because a folder is not found."""
+  root = make(tmp_path / "own", *(f"{part}/ann_1.png" for part in parts))
+  with pytest.raises(UserError, match=f"own {words}"):
+    load(root)
+  assert load(root / parts[0]).train.names == ("ann_1.png",)
+
+
 @pytest.mark.parametrize("lacks", ["query/ann/2.png", "gallery/ann_7.png"])
 def test_one_name_without_a_camera(tmp_path, lacks):
   """It would change what counts as a match, for all."""

@@ -28,13 +28,21 @@ def splits_in(root: str) -> dict[str, list[File]]:
   without identities (pid -1), see `files_in`.
 
   Raises:
-    UserError: see `files_in`; query and gallery have no person in common; or
-      some of their images have a camera and some have none.
+    UserError: see `files_in`; there is train, query or gallery, but not both
+      of the latter; they have no person in common; or some of their images
+      have a camera and some have none.
   """
   folder = expand(root, "dataset.root")
   tests = {split: folder / split for split in ("query", "gallery")}
-  if not root or not all(path.is_dir() for path in tests.values()):
+  parts = [x for x in ("train", *tests) if root and (folder / x).is_dir()]
+  if not parts:
     return {"train": files_in(root)}
+  if missing := [split for split in tests if split not in parts]:
+    there, lacks = " and ".join(parts), " and no ".join(missing)
+    raise UserError(
+      f"{folder} holds {there}, but no {lacks}: check their names, or set "
+      "dataset.root to the one folder that is to be trained on"
+    )
   found = {split: files_in(str(path)) for split, path in tests.items()}
   names = [file.name for files in found.values() for file in files]
   people = sorted(set(map(person_in, names)) - {"-1"})
@@ -53,7 +61,7 @@ def splits_in(root: str) -> dict[str, list[File]]:
   if _have_cameras([file for files in found.values() for file in files]):
     for split, files in found.items():
       found[split] = [x._replace(camid=_camera(x.name)) for x in files]
-  if (folder / "train").is_dir():
+  if "train" in parts:
     found["train"] = files_in(str(folder / "train"))
   return found
 
