@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from unreid_jax import UserError, data
-from unreid_jax.data.folder import camera_in, person_in
+from unreid_jax.data.folder import cameras_in, person_in
 
 
 def make(root, *names):
@@ -69,6 +69,16 @@ def test_cameras_count_if_every_name_has_one(tmp_path, caplog):
   assert "cameras: images of the person under the query" in caplog.text
 
 
+def test_cameras_of_a_train_set(tmp_path):
+  """Names count if all have one, as in `cameras_in`; else sub-folders do."""
+  root = make(tmp_path / "own", "a/x_c7.png", "a/y_c12.png", "b/x_c7.png")
+  assert list(load(root).train.camids) == [7, 12, 7]
+  make(root, "b/z.png")
+  train = load(root).train
+  assert list(train.camids) == [1, 1, 2, 2]
+  assert cameras_in(train.names) == ["a", "a", "b", "b"]
+
+
 def test_mistakes(tmp_path):
   root = make(tmp_path / "own", "query/ann.png", "gallery/bob.png")
   with pytest.raises(UserError, match=r"query and .*gallery have no person in"):
@@ -117,4 +127,4 @@ def test_one_name_without_a_camera(tmp_path, lacks):
 )
 def test_names(name, person, camera):
   assert person_in(name) == person
-  assert camera_in(name) == camera
+  assert cameras_in([name]) == [camera]

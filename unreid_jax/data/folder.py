@@ -4,7 +4,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -90,14 +90,16 @@ def person_in(name: str) -> str:
   return first if rest else re.split(r"_|\.", first)[0]
 
 
-def camera_in(name: str) -> str:
-  """The camera that the path of an image names, if it names one.
+def cameras_in(names: Sequence[str]) -> list[str]:
+  """The camera of each image of a folder, by their paths in it.
 
-  That is the 3 of 0002_c3s1_000451.jpg, or else the first sub-folder.
+  That is the 3 of 0002_c3s1_000451.jpg if every name has one, or else the first
+  sub-folder; "" if there is none.
   """
-  camid = _camera(name)
-  folder = name.rpartition("/")[0].partition("/")[0]
-  return folder if camid is None else str(camid)
+  numbers = [_camera(name) for name in names]
+  if None not in numbers:
+    return [str(number) for number in numbers]
+  return [name.partition("/")[0] if "/" in name else "" for name in names]
 
 
 def _camera(name) -> int | None:
@@ -106,8 +108,9 @@ def _camera(name) -> int | None:
 
 
 def files_in(root: str, key: str = "dataset.root") -> list[File]:
-  """Every image below a folder; the first sub-folder is its camera, from 1.
+  """Every image below a folder, and its camera, see `cameras_in`.
 
+  Sub-folders that are cameras are numbered from 1, in the order of their names.
   Links to folders are followed, hidden folders are not looked into. `key` is
   what sets the folder.
 
@@ -123,8 +126,10 @@ def files_in(root: str, key: str = "dataset.root") -> list[File]:
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(images.SUFFIXES)})")
   names = sorted(paths)
-  cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
-  camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
+  camids = [_camera(name) for name in names]
+  if None in camids:
+    camids = np.unique(cameras_in(names), return_inverse=True)[1] + 1
+    camids = camids.tolist()
   pairs = zip(names, camids, strict=True)
   return [File(name, -1, camid, paths[name]) for name, camid in pairs]
 
