@@ -213,5 +213,20 @@ def test_modes(folder, monkeypatch, capsys):
   far = paths[int(np.argmin(features @ features[3]))]
   commands.verify(".", str(query), str(far), None)
   assert "another person" in capsys.readouterr().out
+  for pair in ((folder, query), (query, folder)):
+    with pytest.raises(UserError, match=f"={folder} is a folder: name one"):
+      commands.verify(".", *map(str, pair))
   with pytest.raises(UserError, match=r"folder=.*none is no folder"):
     commands.encode(".", str(folder), [str(out / "none" / "x.npz")], cache)
+
+
+@pytest.mark.parametrize("query", ["none.png", "text.png", "empty"])
+def test_a_query_is_read_before_the_gallery(folder, monkeypatch, query):
+  encoder = make_encoder()
+  monkeypatch.setattr(commands, "load_encoder", lambda *_: encoder)
+  (folder.parent / "empty").mkdir()
+  (folder.parent / "text.png").write_text("no image")
+  query, cache = folder.parent / query, folder.parent / "cache"
+  with pytest.raises(UserError, match=str(query)):
+    commands.search(".", str(query), str(folder), cache_dir=str(cache))
+  assert not cache.exists()

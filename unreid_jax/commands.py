@@ -65,15 +65,16 @@ def search(
   .json or an .html.
   """
   outputs = _outputs(output, (".json", ".html"))
+  _folder(gallery, "--gallery")
   encoder = load_encoder(checkpoint, card)
   with _shown():
-    images = _update(gallery, "--gallery", encoder, cache_dir)
     if pathlib.Path(query).is_dir():
       queries = _update(query, "--query", encoder, cache_dir)
       paths, features = [queries.path(i) for i in range(len(queries))], queries
     else:
       paths = [expand(query, "--query")]
       features = flat(encoder(paths))
+    images = _update(gallery, "--gallery", encoder, cache_dir)
   near = searching.rerank if rerank else searching.rank
   hits = near(features[:], images, top)
   threshold = encoder.card.get("same_person")
@@ -101,8 +102,8 @@ def verify(
   card: Card | None = None,
 ) -> None:
   """Says whether two images show the same person, and how sure that is."""
+  one, other = _image(query, "--query"), _image(gallery, "--gallery")
   encoder = load_encoder(checkpoint, card)
-  one, other = expand(query, "--query"), expand(gallery, "--gallery")
   answer = encoder.same(one, other, far)
   same, distance, accepted, rejected = (x.item() for x in answer)
   source = encoder.threshold()["source"]
@@ -180,6 +181,12 @@ def _update(folder, option, encoder, cache_dir) -> Gallery:
 def _folder(path, option) -> pathlib.Path:
   if not expand(path, option).is_dir():
     raise UserError(f"{option}={path} is no folder: check the path")
+  return expand(path, option)
+
+
+def _image(path, option) -> pathlib.Path:
+  if expand(path, option).is_dir():
+    raise UserError(f"{option}={path} is a folder: name one image")
   return expand(path, option)
 
 
