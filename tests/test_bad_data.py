@@ -21,6 +21,7 @@ from test_datasets import (
 
 from unreid_jax import UserError
 
+SET = "Market-1501-v15.09.15"  # what holds it is a folder of crops, too
 NOT_UTF8 = os.fsdecode(b"0001_c1_\xff.jpg")
 
 
@@ -61,8 +62,8 @@ STRANGE = [  # what stands where an image should, and what is said of it
 def test_no_regular_file(tmp_path, name, make, words, on_corrupt):
   """Reading some of these would never end."""
   root = tmp_path / "root"
-  path = root / "bounding_box_train" / "0007_c1_strange.jpg"
-  make_market(root)
+  path = root / SET / "bounding_box_train" / "0007_c1_strange.jpg"
+  make_market(root / SET)
   if name == "msmt17":
     shutil.rmtree(root)
     make_msmt(root, "train", "test")
@@ -79,11 +80,10 @@ def test_no_regular_file(tmp_path, name, make, words, on_corrupt):
   "bad", [NOT_UTF8, "0001_c1_a\nb.jpg", "0001_c1_\x1b[0m.jpg"]
 )
 def test_name_that_is_no_text(tmp_path, name, bad):
-  make_market(tmp_path / "root")
-  write_image(tmp_path / "root" / "query" / "0001_c1_a.jpg")
-  (tmp_path / "root" / "query" / "0001_c1_a.jpg").rename(
-    tmp_path / "root" / "query" / bad
-  )
+  make_market(tmp_path / "root" / SET)
+  path = tmp_path / "root" / SET / "query" / "0001_c1_a.jpg"
+  write_image(path)
+  path.rename(path.with_name(bad))
   refused(lambda: load(name, tmp_path / "root"), "rename", "query")
 
 
@@ -272,7 +272,7 @@ def public():
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     path.chmod(0o777)
-    make_market(path / "root")
+    make_market(path / "root" / SET)
     yield path
 
 
@@ -299,7 +299,8 @@ def as_user(*withheld):
 @pytest.mark.parametrize("on_corrupt", ["error", "skip"])
 def test_image_that_we_may_not_read(public, name, on_corrupt):
   """Says nothing of the image: it is neither left out nor remembered."""
-  path = public / "root" / "bounding_box_train" / "0002_c1s1_000451_03.jpg"
+  folder = public / "root" / SET / "bounding_box_train"
+  path = folder / "0002_c1s1_000451_03.jpg"
   call = lambda: load(name, public / "root", on_corrupt=on_corrupt)
   with as_user(path):
     refused(call, path, "Permission denied")
@@ -307,7 +308,9 @@ def test_image_that_we_may_not_read(public, name, on_corrupt):
 
 
 @pytest.mark.parametrize("name", ["folder", "market1501"])
-@pytest.mark.parametrize("what", ["bounding_box_train", "query", ""])
+@pytest.mark.parametrize(
+  "what", [f"{SET}/bounding_box_train", f"{SET}/query", ""]
+)
 def test_folder_that_we_may_not_read(public, name, what):
   path = public / "root" / what
   with as_user(path):
@@ -336,7 +339,7 @@ def test_cache_that_we_may_not_write(public):
 
 
 def test_others_may_read_the_cache(tmp_path):
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   before = os.umask(0o027)
   try:
     load("folder", tmp_path / "root")
@@ -400,7 +403,7 @@ def a_file(entry):
   a_file,
 ])  # fmt: skip
 def test_damaged_cache_is_made_again(tmp_path, damage, caplog):
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   expected = np.array(load("folder", tmp_path / "root").train.images)
   (entry,) = (tmp_path / "cache" / "images").iterdir()
   damage(entry)
@@ -414,14 +417,14 @@ def test_damaged_cache_is_made_again(tmp_path, damage, caplog):
 
 def test_disk_that_is_too_small(tmp_path):
   """Found before the first image is decoded."""
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   size = {"height": 10**7, "width": 10**7}
   line = refused(lambda: load("folder", tmp_path / "root", **size), "space")
   assert str(tmp_path / "cache" / "images") in line and "2100000.00 GB" in line
 
 
 def test_disk_that_fills_up(tmp_path):
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   call = lambda: load("folder", tmp_path / "root")
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
@@ -434,14 +437,14 @@ def test_disk_that_fills_up(tmp_path):
 
 
 def test_cache_below_a_file(tmp_path):
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   (tmp_path / "cache").write_text("")
   call = lambda: load("folder", tmp_path / "root")
   refused(call, tmp_path / "cache", "cannot be written", "dataset.cache_dir")
 
 
 def test_no_home(tmp_path):
-  make_market(tmp_path / "root")
+  make_market(tmp_path / "root" / SET)
   call = lambda root, cache: load("folder", root, cache_dir=cache)
   nobody = "~nobody_of_this_name/x"
   refused(lambda: call(tmp_path / "root", nobody), "set dataset.cache_dir")

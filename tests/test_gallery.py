@@ -115,6 +115,22 @@ def test_an_update_goes_on_after_an_interruption(folder, update):
   assert other.card["seen"] == 11  # another encoder knows nothing
 
 
+@pytest.mark.parametrize(
+  "line",
+  ["5", "null", "[]", '[["a"], 1, 2, true]', '["a", 1, 2, "b"]', "[" * 10**5],
+)
+def test_a_damaged_line(folder, update, line):
+  """It and what follows is encoded again."""
+  update(make_encoder())
+  (path,) = (folder.parent / "c").rglob("images.jsonl")
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([*lines[:8], line, *lines[9:], ""]))
+  encoder = make_encoder()
+  assert_is_right(update(encoder), folder)
+  assert encoder.card["seen"] == 3
+  assert path.read_text().splitlines() == lines
+
+
 def test_a_file_that_is_no_image(folder, update):
   """It is left out, and not read again until it has changed."""
   bad = folder / "0" / "04_c1.png"
@@ -169,6 +185,14 @@ def test_rerank_equals_that_of_one_query():
     np.testing.assert_allclose(
       distances[rows], np.sort(distances)[:12], rtol=1e-5
     )
+  similarity = np.take_along_axis(unit[0] @ unit[1].T, hits.rows, axis=1)
+  np.testing.assert_allclose(hits.similarity, similarity, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("near", [search.rank, search.rerank])
+def test_no_query_has_no_hits(near):
+  hits = near(np.zeros((0, 4), np.float32), np.eye(4, dtype=np.float32), 3)
+  assert hits.rows.shape == hits.similarity.shape == (0, 3)
 
 
 def test_modes(folder, monkeypatch, capsys):
@@ -213,5 +237,20 @@ def test_modes(folder, monkeypatch, capsys):
   far = paths[int(np.argmin(features @ features[3]))]
   commands.verify(".", str(query), str(far), None)
   assert "another person" in capsys.readouterr().out
+  for pair in ((folder, query), (query, folder)):
+    with pytest.raises(UserError, match=f"={folder} is a folder: name one"):
+      commands.verify(".", *map(str, pair))
   with pytest.raises(UserError, match=r"folder=.*none is no folder"):
     commands.encode(".", str(folder), [str(out / "none" / "x.npz")], cache)
+
+
+@pytest.mark.parametrize("query", ["none.png", "text.png", "empty"])
+def test_a_query_is_read_before_the_gallery(folder, monkeypatch, query):
+  encoder = make_encoder()
+  monkeypatch.setattr(commands, "load_encoder", lambda *_: encoder)
+  (folder.parent / "empty").mkdir()
+  (folder.parent / "text.png").write_text("no image")
+  query, cache = folder.parent / query, folder.parent / "cache"
+  with pytest.raises(UserError, match=str(query)):
+    commands.search(".", str(query), str(folder), cache_dir=str(cache))
+  assert not cache.exists()

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from unreid_jax import progress
-from unreid_jax.workdir import Workdir
+from unreid_jax.workdir import Workdir, whole_file
 from unreid_jax.workdir import writer as writer_lib
 
 
@@ -46,6 +46,17 @@ def test_write_is_on_disk_at_once(tmp_path):
   writer.__exit__()
   (events,) = (tmp_path / "tensorboard").iterdir()
   assert b"train/loss" in events.read_bytes()
+
+
+def test_whole_files_of_one_stem_do_not_meet(tmp_path):
+  paths = [tmp_path / "hits.json", tmp_path / "hits.html"]
+  (tmp_path / "hits.partial").write_text("the user's")
+  with whole_file(paths[0]) as one, whole_file(paths[1]) as other:
+    one.write(b"one")
+    other.write(b"other")
+  assert [path.read_text() for path in paths] == ["one", "other"]
+  assert (tmp_path / "hits.partial").read_text() == "the user's"
+  assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_resumed_run_leaves_the_file_of_an_unbroken_one(tmp_path):

@@ -14,14 +14,15 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from unreid_jax import UserError, gallery, progress, report
-from unreid_jax import export as exporting
-from unreid_jax import search as searching
+from unreid_jax import UserError, progress, report
 from unreid_jax.data.images import decode
 from unreid_jax.encode import Card, flat, load_encoder
+from unreid_jax.export import export as write_encoder
 from unreid_jax.feature_files import WRITERS
-from unreid_jax.gallery import Gallery
+from unreid_jax.gallery import Gallery, update
 from unreid_jax.report.crops import Crop, Row, picture
+from unreid_jax.search import rank
+from unreid_jax.search import rerank as rank_anew
 from unreid_jax.values import expand
 from unreid_jax.verification import decide
 from unreid_jax.workdir import whole_file
@@ -65,16 +66,17 @@ def search(
   .json or an .html.
   """
   outputs = _outputs(output, (".json", ".html"))
+  _folder(gallery, "--gallery")
   encoder = load_encoder(checkpoint, card)
   with _shown():
-    images = _update(gallery, "--gallery", encoder, cache_dir)
     if pathlib.Path(query).is_dir():
       queries = _update(query, "--query", encoder, cache_dir)
       paths, features = [queries.path(i) for i in range(len(queries))], queries
     else:
       paths = [expand(query, "--query")]
       features = flat(encoder(paths))
-  near = searching.rerank if rerank else searching.rank
+    images = _update(gallery, "--gallery", encoder, cache_dir)
+  near = rank_anew if rerank else rank
   hits = near(features[:], images, top)
   threshold = encoder.card.get("same_person")
   results = [
@@ -101,8 +103,8 @@ def verify(
   card: Card | None = None,
 ) -> None:
   """Says whether two images show the same person, and how sure that is."""
+  one, other = _image(query, "--query"), _image(gallery, "--gallery")
   encoder = load_encoder(checkpoint, card)
-  one, other = expand(query, "--query"), expand(gallery, "--gallery")
   answer = encoder.same(one, other, far)
   same, distance, accepted, rejected = (x.item() for x in answer)
   source = encoder.threshold()["source"]
@@ -122,7 +124,7 @@ def export(
   with sent_to(_say):
     encoder = load_encoder(checkpoint, card)
     for path in output:
-      exporting.export(encoder, path, format)
+      write_encoder(encoder, path, format)
 
 
 def _hits(images, rows, similarity, card) -> Iterator[dict]:
@@ -138,9 +140,9 @@ def _hits(images, rows, similarity, card) -> Iterator[dict]:
 
 def _show(result):
   print(result["query"])
-  for rank, hit in enumerate(result["hits"], 1):
+  for place, hit in enumerate(result["hits"], 1):
     same = {True: "same", False: "other"}.get(hit.get("same_person"), "")
-    print(f"{rank:>5}  {hit['similarity']:.3f}  {same:<5}  {hit['image']}")
+    print(f"{place:>5}  {hit['similarity']:.3f}  {same:<5}  {hit['image']}")
 
 
 def _page(results) -> str:
@@ -166,7 +168,7 @@ def _crop(path, mark, text):
 
 def _update(folder, option, encoder, cache_dir) -> Gallery:
   """The features of a folder; what is left out is said."""
-  found = gallery.update(_folder(folder, option), encoder, cache_dir)
+  found = update(_folder(folder, option), encoder, cache_dir)
   if found.corrupt:
     _say(
       f"{len(found.corrupt)} files that hold no image are left out; the first: "
@@ -180,6 +182,12 @@ def _update(folder, option, encoder, cache_dir) -> Gallery:
 def _folder(path, option) -> pathlib.Path:
   if not expand(path, option).is_dir():
     raise UserError(f"{option}={path} is no folder: check the path")
+  return expand(path, option)
+
+
+def _image(path, option) -> pathlib.Path:
+  if expand(path, option).is_dir():
+    raise UserError(f"{option}={path} is a folder: name one image")
   return expand(path, option)
 
 

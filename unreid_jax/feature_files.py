@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unreid_jax.data.folder import camera_in
+from unreid_jax.data.folder import cameras_in
 from unreid_jax.gallery import Gallery
 from unreid_jax.workdir import whole_file
 
@@ -39,11 +39,11 @@ def _write_npy(found, path) -> None:
   with whole_file(path.with_suffix(".csv"), "--output") as file:
     lines = csv.writer(io.TextIOWrapper(file, "utf-8", write_through=True))
     lines.writerow(("name", "camera"))
-    lines.writerows((name, camera_in(name)) for name in found.names)
+    lines.writerows(zip(found.names, cameras_in(found.names), strict=True))
 
 
 def _write_npz(found, path) -> None:
-  texts = {"names": found.names, "cameras": [*map(camera_in, found.names)]}
+  texts = {"names": found.names, "cameras": cameras_in(found.names)}
   with (
     whole_file(path, "--output") as file,
     zipfile.ZipFile(file, "w") as archive,
@@ -59,15 +59,16 @@ def _write_parquet(found, path) -> None:
   width = found.stored.shape[1]
   kinds = {"name": pa.string(), "camera": pa.string()}
   schema = pa.schema(kinds | {"features": pa.list_(pa.float32(), width)})
+  cameras = cameras_in(found.names)
   with (
     whole_file(path, "--output") as file,
     pq.ParquetWriter(file, schema) as writer,
   ):
     for start, block in _blocks(found):
-      names = found.names[start : start + len(block)]
+      part = slice(start, start + len(block))
       rows = pa.array(np.asarray(block).reshape(-1))
       rows = pa.FixedSizeListArray.from_arrays(rows, width)
-      columns = [pa.array(names), pa.array(map(camera_in, names)), rows]
+      columns = [found.names[part], cameras[part], rows]
       writer.write_table(pa.table(columns, schema=schema))
 
 

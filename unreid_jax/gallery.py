@@ -135,11 +135,14 @@ class _Store:
     for line in self._lines:
       try:
         *key, is_whole = json.loads(line)
-      except ValueError:
+        hash(key := tuple(key))
+      except (ValueError, TypeError, RecursionError):  # garbage
         break
-      if not line.endswith(b"\n") or self._num + is_whole > rows:
+      if not isinstance(is_whole, bool) or not line.endswith(b"\n"):
         break
-      self._note(tuple(key), is_whole)
+      if self._num + is_whole > rows:
+        break
+      self._note(key, is_whole)
       end += len(line)
     self._lines.truncate(end)
     self._rows.truncate(4 * self._width * self._num)

@@ -78,13 +78,14 @@ def rerank(
   """
   query, gallery = flat(query), _flat(gallery)
   found = rank(query, gallery, max(top, _CANDIDATES))
-  rows, near = [], []
-  for one, candidates, similarity in zip(query, *found, strict=True):
+  hits = Hits(*(np.empty_like(x[:, :top]) for x in found))
+  for i, (one, candidates) in enumerate(zip(query, found.rows, strict=True)):
     some = np.asarray(gallery[candidates])
-    order = np.argsort(rerank_distances(one[None], some)[0], kind="stable")
-    rows.append(candidates[order[:top]])
-    near.append(similarity[order[:top]])
-  return Hits(np.stack(rows), np.stack(near))
+    distances = rerank_distances(one[None], some)[0]
+    order = np.argsort(distances, kind="stable")[:top]
+    hits.rows[i] = candidates[order]
+    hits.similarity[i] = found.similarity[i, order]
+  return hits
 
 
 def _flat(gallery):

@@ -44,9 +44,9 @@ def load(
     name: "synthetic", "folder", or a module of `data.datasets`.
     height, width: the size of every image, in pixels.
     root: the unpacked set, the folder that holds it, or its zip. For "folder",
-      a directory of crops, in which each sub-folder is a camera: a train split
-      without identities (pid -1); or one that holds the folders query, gallery
-      and, to train, train: see `folder.splits_in`.
+      a directory of crops, whose names or sub-folders are cameras: a train
+      split without identities (pid -1); or one that holds the folders query,
+      gallery and, to train, train: see `folder.splits_in`.
     cache_dir: the folder of the cache; ~/.cache/unreid_jax if empty.
     on_corrupt: "skip": a damaged image is left out.
     version: "detected" or "labeled" for CUHK03-NP, "V1" or "V2" for MSMT17.

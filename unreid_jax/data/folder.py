@@ -1,9 +1,10 @@
 """Any folder of crops: what its sub-folders and file names say."""
 
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from unreid_jax import UserError
 from unreid_jax.data import images
 from unreid_jax.data.images import File
 from unreid_jax.values import expand
+
+_log = logging.getLogger(__name__)
 
 
 def splits_in(root: str) -> dict[str, list[File]]:
@@ -20,28 +23,33 @@ def splits_in(root: str) -> dict[str, list[File]]:
   train is trained on. A person is a sub-folder of query and gallery, as in
   query/alice/1.jpg, or else what stands before the first "_" of a file's name,
   as in query/alice_1.jpg; "-1" is junk and is left out. Cameras count if every
-  name has one, as alice_c3_1.jpg has; otherwise every gallery image of the
+  name has one, as alice_c3_1.jpg has; if none has, every gallery image of the
   query's person is a match, of whatever camera. Any other folder is a train set
   without identities (pid -1), see `files_in`.
 
   Raises:
-    UserError: see `files_in`; or query and gallery have no person in common.
+    UserError: see `files_in`; there is train, query or gallery, but not both
+      of the latter; they have no person in common; or some of their images
+      have a camera and some have none.
   """
   folder = expand(root, "dataset.root")
   tests = {split: folder / split for split in ("query", "gallery")}
-  if not root or not all(path.is_dir() for path in tests.values()):
+  parts = [x for x in ("train", *tests) if root and (folder / x).is_dir()]
+  if not parts:
     return {"train": files_in(root)}
+  if missing := [split for split in tests if split not in parts]:
+    there, lacks = " and ".join(parts), " and no ".join(missing)
+    raise UserError(
+      f"{folder} holds {there}, but no {lacks}: check their names, or set "
+      "dataset.root to the one folder that is to be trained on"
+    )
   found = {split: files_in(str(path)) for split, path in tests.items()}
   names = [file.name for files in found.values() for file in files]
   people = sorted(set(map(person_in, names)) - {"-1"})
   pids = {who: pid for pid, who in enumerate(people, 1)} | {"-1": -1}
-  has_cameras = None not in map(_camera, names)
   for number, (split, files) in enumerate(found.items(), 1):
     known = [
-      file._replace(
-        pid=pids[person_in(file.name)],
-        camid=_camera(file.name) if has_cameras else number,
-      )
+      file._replace(pid=pids[person_in(file.name)], camid=number)
       for file in files
     ]
     found[split] = [file for file in known if file.pid != -1]
@@ -50,9 +58,30 @@ def splits_in(root: str) -> dict[str, list[File]]:
       f"{tests['query']} and {tests['gallery']} have no person in common: name "
       "the images PERSON/FILE or PERSON_FILE in both"
     )
-  if (folder / "train").is_dir():
+  if _have_cameras([file for files in found.values() for file in files]):
+    for split, files in found.items():
+      found[split] = [x._replace(camid=_camera(x.name)) for x in files]
+  if "train" in parts:
     found["train"] = files_in(str(folder / "train"))
   return found
+
+
+def _have_cameras(files) -> bool:
+  """Whether the names of all test images have a camera; it is logged."""
+  having, lacking = [], []
+  for file in files:
+    (lacking if _camera(file.name) is None else having).append(file.path)
+  if having and lacking:
+    raise UserError(
+      f"{lacking[0]} names no camera (_cNUMBER), but {having[0]} does: let all "
+      "images of query and gallery name one, or none"
+    )
+  _log.info(
+    "cameras: images of the person under the query's camera do not count"
+    if having
+    else "no cameras: every gallery image of the person is a match"
+  )
+  return bool(having)
 
 
 def person_in(name: str) -> str:
@@ -61,14 +90,16 @@ def person_in(name: str) -> str:
   return first if rest else re.split(r"_|\.", first)[0]
 
 
-def camera_in(name: str) -> str:
-  """The camera that the path of an image names, if it names one.
+def cameras_in(names: Sequence[str]) -> list[str]:
+  """The camera of each image of a folder, by their paths in it.
 
-  That is the 3 of 0002_c3s1_000451.jpg, or else the first sub-folder.
+  That is the 3 of 0002_c3s1_000451.jpg if every name has one, or else the first
+  sub-folder; "" if there is none.
   """
-  camid = _camera(name)
-  folder = name.rpartition("/")[0].partition("/")[0]
-  return folder if camid is None else str(camid)
+  numbers = [_camera(name) for name in names]
+  if None not in numbers:
+    return [str(number) for number in numbers]
+  return [name.partition("/")[0] if "/" in name else "" for name in names]
 
 
 def _camera(name) -> int | None:
@@ -77,8 +108,9 @@ def _camera(name) -> int | None:
 
 
 def files_in(root: str, key: str = "dataset.root") -> list[File]:
-  """Every image below a folder; the first sub-folder is its camera, from 1.
+  """Every image below a folder, and its camera, see `cameras_in`.
 
+  Sub-folders that are cameras are numbered from 1, in the order of their names.
   Links to folders are followed, hidden folders are not looked into. `key` is
   what sets the folder.
 
@@ -94,8 +126,10 @@ def files_in(root: str, key: str = "dataset.root") -> list[File]:
   if not paths:
     raise UserError(f"{folder} holds no image ({' '.join(images.SUFFIXES)})")
   names = sorted(paths)
-  cameras = [name.partition("/")[0] if "/" in name else "" for name in names]
-  camids = (np.unique(cameras, return_inverse=True)[1] + 1).tolist()
+  camids = [_camera(name) for name in names]
+  if None in camids:
+    camids = np.unique(cameras_in(names), return_inverse=True)[1] + 1
+    camids = camids.tolist()
   pairs = zip(names, camids, strict=True)
   return [File(name, -1, camid, paths[name]) for name, camid in pairs]
 

@@ -162,7 +162,7 @@ def whole_file(
   path: pathlib.Path, option: str = "--workdir"
 ) -> Iterator[BinaryIO]:
   """Writes a file that, whatever happens, is the old one or the new one."""
-  partial = path.with_suffix(".partial")
+  partial = path.with_name(f"{path.name}.partial")
   with named(path, option):
     try:
       with open(partial, "wb") as file:
