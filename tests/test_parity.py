@@ -42,6 +42,15 @@ PARITY = {
   "optim.lr": 3.5e-4,
   "optim.milestones": ("10 steps",),
 }
+# Not at .5, where a weight and what it leaves are the same.
+SELECTIVE = {
+  "num_positives": 3,
+  "num_negatives": 20,
+  "self_weight": 0.4,
+  "global_weight": 0.6,
+  "bank_momentum": 0.3,
+  "mixture_momentum": 0.6,
+}
 # The method's settings, and what the twin's is made of.
 METHODS = {
   "cluster_contrast": (
@@ -52,15 +61,22 @@ METHODS = {
     {"method.bank_update": "hardest"},
     lambda *x: torch_methods.ClusterContrast(*x, hardest=True),
   ),
-  "hhcl": ({}, torch_methods.TwoRows),
+  "hhcl": (
+    {"method.hard_weight": 0.3},
+    lambda *x: torch_methods.TwoRows(*x, 0.3),
+  ),
   "hhcl, instances": (
-    {"method.memory": "instances", "method.num_instances": 4},
-    torch_methods.Instances,
+    {
+      "method.memory": "instances",
+      "method.num_instances": 4,
+      "method.hard_weight": 0.3,
+    },
+    lambda *x: torch_methods.Instances(*x[:2], 0.3, x[2]),
   ),
   "spcl": ({}, torch_methods.SpCL),
   "selective": (
-    {"method.num_positives": 3, "method.num_negatives": 20},
-    torch_methods.Selective,
+    {f"method.{k}": x for k, x in SELECTIVE.items()},
+    lambda *x: torch_methods.Selective(*x, **SELECTIVE),
   ),
 }
 
@@ -204,7 +220,7 @@ class Pair:
     if name == "hhcl, instances":
       arguments.append(torch.tensor(np.asarray(banks.hard)[:8]))
     if name == "selective":
-      arguments = [features, torch.from_numpy(SPLIT.camids), 3, 20]
+      arguments = [features, torch.from_numpy(SPLIT.camids)]
     self.memory = self.memory_of(*arguments)
     self.net.train()
     trained = [p for p in self.net.parameters() if p.requires_grad]
