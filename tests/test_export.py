@@ -54,7 +54,7 @@ def test_an_exported_encoder_opens_alone(encoders, tmp_path, name, format):
   """Every array comes back bit by bit, and so does what builds the encoder."""
   encoder, path = encoders[name], tmp_path / "encoder.safetensors"
   if (name, format) == ("lite", "torch_reference"):
-    with pytest.raises(UserError, match="no reference has an efficientnet"):
+    with pytest.raises(UserError, match=r"_lite0: set --format=torch$"):
       export.export(encoder, str(path), format)
     return
   export.export(encoder, str(path), format)
@@ -93,12 +93,20 @@ def test_names_and_axes(encoders):
 
 def test_mistakes(encoders, tmp_path):
   encoder, path = encoders["neck"], tmp_path / "encoder.safetensors"
-  with pytest.raises(UserError, match='format="onn": set it to torch or'):
+  with pytest.raises(UserError, match='format="onn": set it to onnx or'):
     export.export(encoder, str(path), "onn")
   with pytest.raises(UserError, match="where to write to: --output=FILE"):
     export.export(encoder, "", "torch")
-  with pytest.raises(UserError, match=r"no/x cannot be .*another --output"):
-    export.export(encoder, str(tmp_path / "no" / "x"), "torch")
+  with pytest.raises(UserError, match=r"no/x\S+ cannot be .*another --output"):
+    export.export(encoder, str(tmp_path / "no" / "x.safetensors"), "torch")
+  for format, ending in (
+    ("torch", "safetensors"),
+    ("torch_reference", "safetensors"),
+    ("onnx", "onnx"),
+    ("stablehlo", "stablehlo"),
+  ):
+    with pytest.raises(UserError, match=rf"x\.pth: end it in \.{ending}, as"):
+      export.export(encoder, str(tmp_path / "x.pth"), format)
   assert not list(tmp_path.iterdir())
   state = export.torch_state(encoder)
   for card, line in (
@@ -110,6 +118,10 @@ def test_mistakes(encoders, tmp_path):
     path.write_bytes(safetensors.numpy.save(state, card))
     with pytest.raises(UserError, match=line):
       load_encoder(path)
+  export.export(encoder, str(path), "torch")
+  path.write_bytes(path.read_bytes()[:-4])
+  with pytest.raises(UserError, match=r"\.safetensors: .*it is damaged"):
+    load_encoder(path)
 
 
 @pytest.mark.usefixtures("two_blocks")
@@ -188,11 +200,11 @@ def test_an_exported_program_gives_the_features(
     encoder, apply=lambda v, x: encoder.apply(v, x[..., ::-1])
   )
   with pytest.raises(UserError, match=r"features differ .* nothing is written"):
-    export.export(swapped, str(tmp_path / "other"), format)
-  assert not (tmp_path / "other").exists()
+    export.export(swapped, str(tmp_path / f"other.{format}"), format)
+  assert not (tmp_path / f"other.{format}").exists()
 
 
 def test_onnx_without_its_package(runnable, tmp_path, monkeypatch):
   monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
   with pytest.raises(UserError, match="pip install jax2onnx"):
-    export.export(runnable["neck"], str(tmp_path / "x"), "onnx")
+    export.export(runnable["neck"], str(tmp_path / "x.onnx"), "onnx")

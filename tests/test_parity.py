@@ -23,7 +23,7 @@ import torch_twin
 from test_train import cluster_config, tiny_config, tiny_split
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "float64", "exact_pixels")
-DEPTHS, CHANNELS, GROUP, STEPS = (1, 1), 8, 8, 20
+CHANNELS, GROUP, STEPS = 8, 8, 12
 LABELS = np.arange(64, dtype=np.int32) // 8
 SPLIT = tiny_split(np.random.default_rng(0), 64)
 SPLIT = SPLIT._replace(
@@ -42,6 +42,15 @@ PARITY = {
   "optim.lr": 3.5e-4,
   "optim.milestones": ("10 steps",),
 }
+# Not at .5, where a weight and what it leaves are the same.
+SELECTIVE = {
+  "num_positives": 3,
+  "num_negatives": 20,
+  "self_weight": 0.4,
+  "global_weight": 0.6,
+  "bank_momentum": 0.3,
+  "mixture_momentum": 0.6,
+}
 # The method's settings, and what the twin's is made of.
 METHODS = {
   "cluster_contrast": (
@@ -52,15 +61,22 @@ METHODS = {
     {"method.bank_update": "hardest"},
     lambda *x: torch_methods.ClusterContrast(*x, hardest=True),
   ),
-  "hhcl": ({}, torch_methods.TwoRows),
+  "hhcl": (
+    {"method.hard_weight": 0.3},
+    lambda *x: torch_methods.TwoRows(*x, 0.3),
+  ),
   "hhcl, instances": (
-    {"method.memory": "instances", "method.num_instances": 4},
-    torch_methods.Instances,
+    {
+      "method.memory": "instances",
+      "method.num_instances": 4,
+      "method.hard_weight": 0.3,
+    },
+    lambda *x: torch_methods.Instances(*x[:2], 0.3, x[2]),
   ),
   "spcl": ({}, torch_methods.SpCL),
   "selective": (
-    {"method.num_positives": 3, "method.num_negatives": 20},
-    torch_methods.Selective,
+    {f"method.{k}": x for k, x in SELECTIVE.items()},
+    lambda *x: torch_methods.Selective(*x, **SELECTIVE),
   ),
 }
 
@@ -81,11 +97,12 @@ def config_of(name, **changes):
 
 def twin_of(config):
   """The network in PyTorch, in double precision, with drawn weights."""
+  depths = resnet._DEPTHS[18][0]
   if config.encoder.head == "stripes":
-    net = torch_twin.Stripes(DEPTHS, CHANNELS, dim=64, num_stripes=2,
+    net = torch_twin.Stripes(depths, CHANNELS, dim=64, num_stripes=2,
                              stripe_dim=32)  # fmt: skip
   else:
-    net = torch_twin.Neck(DEPTHS, CHANNELS, config.encoder.pooling)
+    net = torch_twin.Neck(depths, CHANNELS, config.encoder.pooling)
   return torch_twin.randomize(net.double())
 
 
@@ -149,15 +166,16 @@ def test_features_and_weights_both_ways(head, tmp_path):
   )
   close(export.reference_state(moved), _floats(net))
 
+  written = tmp_path / "encoder.safetensors"
   fresh = torch_twin.randomize(twin_of(config), seed=1)
   for format in ("torch_reference", "torch"):
-    export.export(encoder, str(path), format)
-    state = {k: torch.tensor(x) for k, x in pretrained.read(path).items()}
+    export.export(encoder, str(written), format)
+    state = {k: torch.tensor(x) for k, x in pretrained.read(written).items()}
     if format == "torch_reference":
       fresh.load_state_dict(state, strict=True)
       check(fresh)
     else:
-      backbone = torch_twin.ResNet(DEPTHS, CHANNELS).double()
+      backbone = torch_twin.ResNet((1, 1), CHANNELS).double()
       heads = ("feat_bn.", "gap.", "avg_pooling.", "local_pooling.")
       body = {k: x for k, x in state.items() if not k.startswith(heads)}
       backbone.load_state_dict(body, strict=True)
@@ -204,7 +222,7 @@ class Pair:
     if name == "hhcl, instances":
       arguments.append(torch.tensor(np.asarray(banks.hard)[:8]))
     if name == "selective":
-      arguments = [features, torch.from_numpy(SPLIT.camids), 3, 20]
+      arguments = [features, torch.from_numpy(SPLIT.camids)]
     self.memory = self.memory_of(*arguments)
     self.net.train()
     trained = [p for p in self.net.parameters() if p.requires_grad]
@@ -249,9 +267,22 @@ class Pair:
     close(vars(self.state.method), self.memory.banks(), tolerance)
 
 
+@pytest.fixture
+def soon_compiled(monkeypatch, name):
+  """One block for all methods but the first, and no weights drawn in vain."""
+  if name != "cluster_contrast":
+    monkeypatch.setitem(resnet._DEPTHS, 18, ((1,), False))
+
+  def nan(module, card, key):
+    shapes = encode.build(card, "")[1]
+    return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), shapes)
+
+  monkeypatch.setattr(encode, "draw", nan)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_training(name):
-  """One step agrees in all there is, and twenty stay together.
+def test_training(name, soon_compiled):
+  """One step agrees in all there is, and twelve stay together.
 
   Adam's moments after the first step are the gradients with their decay.
   """
@@ -266,5 +297,5 @@ def test_training(name):
         pair.check(1e-10)
   ours, theirs = np.transpose(losses)
   assert_allclose(ours, theirs, 1e-7)
-  assert len(set(np.round(ours, 3))) > 10  # it does learn something
+  assert len(set(np.round(ours, 3))) > 6  # it does learn something
   pair.check(1e-6)

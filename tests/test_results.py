@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from configs import cluster_contrast, dhcl_hnm
-from unreid_jax import UserError, about, results
+from unreid_jax import UserError, about, published, results
 
 _SESSION = {"hardware": "2 x GPU", "jax": "0.10.2", "commit": "abc"}
 _SESSION |= {"step": 90, "end": 90, "seconds": 60.0}
@@ -51,7 +51,8 @@ def test_seeds_are_averaged_and_compared(tmp_path, capsys):
   scores = {30: (0.80, 0.91), 60: (0.84, 0.93), 90: (0.82, 0.92)}
   first = write_run(tmp_path / "a", market(2), scores)
   elsewhere = {"dataset.root": "/other", "encoder.pretrained": "/x/r50.pth"}
-  other = market(11, num_devices=4, **elsewhere)
+  changes = {"num_devices": 4, "micro_batches": 2, "report": False}
+  other = market(11, **changes, **elsewhere)
   second = write_run(
     tmp_path / "b", other, {90: (0.80, 0.90)}, commit=None, seconds=180.0
   )
@@ -83,16 +84,47 @@ def test_what_is_not_alike_is_not_averaged(tmp_path, capsys):
     ("b", {"method.eps": 0.4}),
     ("c", {"encoder.arch": "resnet50_ibn_a"}),
     ("d", {"encoder.pretrained": ""}),
+    ("e", {"epochs": 10}),
+    ("f", {"batch_size": 128}),
   ):
     write_run(tmp_path / name, market(0, **changes), scores)
-  rows, _ = table(capsys, *(str(tmp_path / x) for x in "abcd"))
+  rows, _ = table(capsys, *(str(tmp_path / x) for x in "abcdef"))
+  none = "none of this encoder and method"
   assert [(x["other settings"], x["published mAP"]) for x in rows] == [
-    ("method.eps=0.6", "82.1"),
-    ("method.eps=0.4", "82.1"),
+    ("batch_size=256, epochs=50, method.eps=0.6", "82.1"),
+    ("batch_size=256, epochs=50, method.eps=0.4", "82.1"),
+    ("batch_size=256, epochs=10, method.eps=0.6", "82.1"),
+    ("batch_size=128, epochs=50, method.eps=0.6", none),
     ("none", "none from random weights"),
-    ("none", "none of this encoder and method"),
+    ("none", none),
   ]
   assert {x["last mAP sd"] for x in rows} == {"one run"}
+
+
+@pytest.mark.parametrize(
+  ("arguments", "changes", "mAP"),
+  [
+    ("market1501,clip", {}, 90.2),
+    ("market1501,clip", {"method.bank_update": "momentum"}, 88.5),
+    ("msmt17,clip", {}, 67.5),
+    ("market1501,vit_s", {}, 88.2),
+    ("msmt17,vit_s", {}, 40.9),
+    ("market1501,vit_s", {"encoder.arch": "vit_small_ics"}, 89.6),
+    ("msmt17,vit_s", {"encoder.arch": "vit_small_ics"}, 50.6),
+    ("market1501,vit_s", {"method.bank_update": "momentum"}, None),
+    ("market1501", {}, 82.1),
+    ("market1501", {"encoder.pooling": "avg"}, None),
+    ("market1501", {"method.bank_update": "hardest"}, None),
+    ("market1501", {"batch_size": 128}, None),
+    ("market1501", {"method.clustering": "infomap"}, 83.0),
+  ],
+)
+def test_the_recipe_of_a_figure(arguments, changes, mAP):
+  config = cluster_contrast.get_config(arguments)
+  weights = {"encoder.pretrained": "x.pth"}
+  config.update_from_flattened_dict(weights | changes)
+  figure, reason = published.find(dict(results._leaves(config.to_dict())))
+  assert (figure and figure.mAP) == mAP and bool(reason) == (mAP is None)
 
 
 def test_empty_cells_say_why(tmp_path, capsys):
@@ -100,10 +132,13 @@ def test_empty_cells_say_why(tmp_path, capsys):
   (tmp_path / "a" / "sessions.json").unlink()
   stopped = write_run(tmp_path / "b", market(0), {30: (0.5, 0.6)}, step=30)
   without = write_run(tmp_path / "c", market(0), {})
-  (row,), left = table(capsys, old, stopped, without)
+  (tmp_path / "d").mkdir()
+  folder = str(tmp_path / "d")
+  (row,), left = table(capsys, folder, old, stopped, without)
   assert row["published mAP"] == "the paper's figures are not known"
   assert row["time"] == row["hardware"] == row["commit"] == "not noted"
   assert left.splitlines() == [
+    f"{folder}: holds no run, left out",
     f"{stopped}: stopped after step 30 of 90, left out",
     f"{without}: no score of a trained encoder, left out",
   ]
@@ -112,8 +147,6 @@ def test_empty_cells_say_why(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path):
-  with pytest.raises(UserError, match="holds no run: give the workdirs"):
-    results.read_run(str(tmp_path))
   path = write_run(tmp_path / "a", market(0), {90: (0.5, 0.6)})
   for text in ("{", "{}", '{"sessions": [{"step": 3}]}'):
     (tmp_path / "a" / "sessions.json").write_text(text)

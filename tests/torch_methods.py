@@ -43,10 +43,10 @@ class ClusterContrast:
 
 
 class TwoRows:
-  """CMhybrid: a hard row and a mean row a cluster, .5 and .25 of the loss."""
+  """CMhybrid: a hard row and a mean row a cluster, w and w (1 - w) of it."""
 
-  def __init__(self, features, labels):
-    self.mean = means(features, labels)
+  def __init__(self, features, labels, weight):
+    self.mean, self.weight = means(features, labels), weight
     self.hard = self.mean.clone()
 
   def step(self, f, indices, labels, camids):
@@ -54,7 +54,7 @@ class TwoRows:
       F.cross_entropy(f @ rows.T / 0.05, labels)
       for rows in (self.hard, self.mean)
     )
-    loss = 0.5 * (hard + 0.5 * mean)
+    loss = self.weight * (hard + (1 - self.weight) * mean)
     loss.backward()
     f = f.detach()
     for y in labels.unique():
@@ -68,10 +68,11 @@ class TwoRows:
 
 
 class Instances:
-  """CMhybrid_v2: a centroid and some of its features a cluster."""
+  """CMhybrid_v2: a centroid, w of the loss, and some features a cluster."""
 
-  def __init__(self, features, labels, instances):
-    self.mean, self.instances = means(features, labels), instances
+  def __init__(self, features, labels, weight, instances):
+    self.mean, self.weight = means(features, labels), weight
+    self.instances = instances
 
   def step(self, f, indices, labels, camids):
     hard = f.new_zeros(len(f), len(self.mean))
@@ -79,8 +80,9 @@ class Instances:
       for k, rows in enumerate(self.instances):
         each = rows @ f[i]
         hard[i, k] = each.min() if k == y else each.max()
-    loss = 0.5 * F.cross_entropy(f @ self.mean.T / 0.05, labels)
-    loss = loss + 0.5 * F.cross_entropy(hard / 0.05, labels)
+    mean = F.cross_entropy(f @ self.mean.T / 0.05, labels)
+    hard = F.cross_entropy(hard / 0.05, labels)
+    loss = self.weight * mean + (1 - self.weight) * hard
     loss.backward()
     f = f.detach()
     for y in labels.unique():
@@ -123,10 +125,15 @@ class SpCL:
 class Selective:
   """The global, the local and the mixture bank; each term sees the last's."""
 
-  def __init__(self, features, camids, num_positives, num_negatives):
+  def __init__(
+    self, features, camids, *, num_positives, num_negatives, self_weight,
+    global_weight, bank_momentum, mixture_momentum,
+  ):  # fmt: skip
     self.whole, self.local = features["global"], features["local"]
     self.mixture = torch.zeros_like(self.whole)
     self.camids, self.num = camids, (num_positives, num_negatives)
+    self.own, self.whole_weight = self_weight, global_weight
+    self.momentum = {"banks": bank_momentum, "mixture": mixture_momentum}
 
   def choose(self, f, indices, camids):
     """Own row, positives and negatives of each anchor."""
@@ -134,8 +141,9 @@ class Selective:
     for g, s, i, camera in zip(
       f["global"], f["local"], indices, camids, strict=True
     ):
-      far = 0.5 * ((self.whole - g) ** 2).sum(1)
-      far += 0.5 * ((self.local - s) ** 2).sum(2).mean(1)
+      far = self.whole_weight * ((self.whole - g) ** 2).sum(1)
+      local = ((self.local - s) ** 2).sum(2).mean(1)
+      far += (1 - self.whole_weight) * local
       far += 0.05 * (self.camids == camera)
       order = [j for j in far.argsort().tolist() if j != i]
       rows.append([int(i), *order[:count]])
@@ -144,7 +152,7 @@ class Selective:
   def step(self, f, indices, labels, camids):
     rows = self.choose({k: x.detach() for k, x in f.items()}, indices, camids)
     num = self.num[0]
-    weights = [0.5] + [1.75 * 0.5 / num] * num
+    weights = [self.own] + [1.75 * (1 - self.own) / num] * num
     branches = [(0.3, f["local"].flatten(1)), (0.7, f["global"])]
 
     target = lambda k: torch.full((len(rows),), k)
@@ -165,14 +173,14 @@ class Selective:
         bank = self.mixture[rows]  # as the terms before have left it
         slope += 10 * torch.einsum("bm,bmd->bd", errors[k], bank)
         for row, one in zip(rows[:, k], x.detach(), strict=True):
-          move(self.mixture, row, one, 0.5)
+          move(self.mixture, row, one, self.momentum["mixture"])
       gradients.append(slope)
     torch.autograd.backward([x for x, _ in slopes], gradients)
     for i, g, s in zip(
       indices, f["global"].detach(), f["local"].detach(), strict=True
     ):
-      move(self.whole, i, g, 0.5)
-      move(self.local, i, s, 0.5)
+      move(self.whole, i, g, self.momentum["banks"])
+      move(self.local, i, s, self.momentum["banks"])
     return loss
 
   def banks(self):

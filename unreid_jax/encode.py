@@ -90,6 +90,7 @@ def _open_weights(path, card):
   """What a file lacks, such as a head of ImageNet weights, is drawn."""
   card = _stored_card(path) or card
   if not card:
+    pretrained.read(path)  # if it is damaged, that is what is to be said
     raise UserError(
       f"{path} does not say what encoder it is of: pass --config, or a card"
     )

@@ -30,19 +30,21 @@ def export(encoder: Encoder, path: str, format: str) -> None:
 
   Args:
     encoder: what is written.
-    path: the file.
+    path: the file, which ends as its format wants it.
     format: a key of `FORMATS`.
 
   Raises:
-    UserError: there is no such format, the encoder has no such form, or the
-      file cannot be written.
+    UserError: there is no such format, the file ends otherwise or cannot be
+      written, or the encoder has no such form.
   """
   if format not in FORMATS:
     raise UserError(f'--format="{format}": set it to {" or ".join(FORMATS)}')
   if not path:
     raise UserError("say where to write to: --output=FILE")
-  path = values.expand(path, "--output")
-  content = FORMATS[format](encoder)
+  path, (ending, write) = values.expand(path, "--output"), FORMATS[format]
+  if path.suffix != ending:
+    raise UserError(f"--output={path}: end it in {ending}, as {format} does")
+  content = write(encoder)
   with whole_file(path, "--output") as file:
     file.write(content)
   if format in ("onnx", "stablehlo"):  # a card for people and programs
@@ -88,9 +90,7 @@ def reference_state(encoder: Encoder) -> dict[str, np.ndarray]:
   module = models.make(**encoder.card["encoder"])
   if not isinstance(module.backbone, ResNet):
     arch = encoder.card["encoder"]["arch"]
-    raise UserError(
-      f"no reference has an {arch}: set --format=torch for timm's names"
-    )
+    raise UserError(f"no reference has an {arch}: set --format=torch")
   layer = re.compile(r"(conv1|bn1|layer\d)\.")
   to_base = lambda found: f"base.{_LAYERS[found[1]]}."
   to = to_base if encoder.card["encoder"]["head"] == "neck" else r"CNN.\g<0>"
@@ -218,10 +218,10 @@ def _model_card(encoder) -> dict[str, Any]:
   }
 
 
-# A function turns an encoder into the content of a file.
-FORMATS: dict[str, Callable[[Encoder], bytes]] = {
-  "onnx": onnx,
-  "stablehlo": stablehlo,
-  "torch": _safetensors(torch_state),
-  "torch_reference": _safetensors(reference_state),
+# How the file ends, and what turns an encoder into its content.
+FORMATS: dict[str, tuple[str, Callable[[Encoder], bytes]]] = {
+  "onnx": (".onnx", onnx),
+  "stablehlo": (".stablehlo", stablehlo),
+  "torch": (".safetensors", _safetensors(torch_state)),
+  "torch_reference": (".safetensors", _safetensors(reference_state)),
 }

@@ -18,16 +18,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
+from unreid_jax.config import kinds
 from unreid_jax.published import find
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.sessions import read_sessions
 from unreid_jax.workdir.writer import duration, read_metrics
 
-# Where a run happens, how often it reports, and what is another seed's.
-_ELSEWHERE = {"seed", "num_devices", "evaluate_batch_size", "evaluate_every"}
-_ELSEWHERE |= {"checkpoint_every", "log_every"}
-_ELSEWHERE |= {"dataset.seed", "dataset.root", "dataset.cache_dir"}
+# Where a run happens, what it reports, and what is another seed's. A method's
+# marks are not among them: they may change its score.
+_ELSEWHERE = {k for k, kind in kinds().items() if values.has(kind, values.FREE)}
+_ELSEWHERE -= {"epochs"}
+_ELSEWHERE |= {"seed", "dataset.seed", "dataset.root", "dataset.cache_dir"}
 _NEEDED = ("seed", "method.name", "dataset.name", "dataset.version")
 _NEEDED += ("dataset.height", "dataset.width", "encoder.arch", "encoder.width")
 _NEEDED += ("encoder.head", "encoder.pooling", "encoder.pretrained")
@@ -66,11 +68,11 @@ def read_run(path: str) -> Run | str:
   """The run in a workdir, or why it has no place in a table.
 
   Raises:
-    UserError: it is no workdir, or damaged.
+    UserError: it is damaged.
   """
   workdir = Workdir(path)
   if not workdir.metrics.exists():
-    raise UserError(f"{path} holds no run: give the workdirs of some")
+    return "holds no run"
   settings = dict(_leaves(workdir.stored_config()))
   if missing := [key for key in _NEEDED if key not in settings]:
     return f"of an earlier version, without {missing[0]}"
