@@ -124,10 +124,10 @@ def test_what_is_ignored_stays_ignored():
     preemption.exit_on_signals()
     with preemption.Preemption() as stop:
       os.kill(os.getpid(), signal.SIGHUP)
-      assert not stop.requested()
+      assert not stop.requested(1)
       stop.defer()
       os.kill(os.getpid(), signal.SIGINT)
-      while not stop.requested():
+      while not stop.requested(1):
         time.sleep(.01)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)

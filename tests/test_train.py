@@ -244,7 +244,7 @@ def run_until(config, workdir, end, in_labelling=False):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "compile_step", compiled)
-    requested = lambda self: steps[-1] == end and not in_labelling
+    requested = lambda self, _: steps[-1] == end and not in_labelling
     patch.setattr(train.Preemption, "requested", requested)
     patch.setattr(train.Preemption, "check", check)
     try:

@@ -56,7 +56,7 @@ class Preemption:
   def __enter__(self) -> "Preemption":
     import jax  # takes a second
 
-    self._notified, self._turn = False, 0
+    self._notified = False
     _deferred.clear()
     self._old = {}
     self._is_alone = jax.process_count() == 1
@@ -87,18 +87,20 @@ class Preemption:
     """Whether a signal has come; always False in one of several processes."""
     return self._notified
 
-  def requested(self) -> bool:
-    """Whether to save and stop; of several processes, all call it as often."""
+  def requested(self, step: int) -> bool:
+    """Whether to save and stop after this step."""
     if self._is_alone:
       return self._notified
     from jax.experimental import multihost_utils
 
-    self._turn += 1
-    return multihost_utils.reached_preemption_sync_point(self._turn)
+    return multihost_utils.reached_preemption_sync_point(step)
 
   def check(self) -> None:
-    """Raises `Interrupted` if the run is to stop; for before an epoch."""
-    if self.requested():
+    """Raises `Interrupted` if the run is to stop, while it labels an epoch.
+
+    One of several processes goes on: they have agreed to stop after a step.
+    """
+    if self._is_alone and self._notified:
       raise Interrupted("stopped before an epoch")
 
   def _notice(self, number, frame):

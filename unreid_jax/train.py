@@ -169,7 +169,7 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
         # One late: the device has work meanwhile.
         report_step(previous, step, due["log"], writer)
         step += 1
-        if stop := preemption.requested():
+        if stop := preemption.requested(step):
           break
       report_step(latest, step, due["log"], writer)
       if step % steps_per_epoch == 0:
