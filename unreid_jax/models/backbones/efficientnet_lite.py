@@ -156,7 +156,7 @@ class Block(nn.Module):
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """min(max(x, 0), 6), whose gradient at 0 and at 6 is 0 as in PyTorch."""
   low, high = x.dtype.type(0), x.dtype.type(6)
-  if not isinstance(x.shape[0], int):  # jax2onnx has no clamp of any size
+  if not all(isinstance(n, int) for n in x.shape):  # jax2onnx cannot clamp it
     return jnp.minimum(jnp.maximum(x, low), high)
   return jax.lax.clamp(low, x, high)
 
