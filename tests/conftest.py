@@ -23,6 +23,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from PIL import Image
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -81,3 +82,14 @@ def float64():
 def pytest_collection_modifyitems(items):
   """The longest tests first, so that no process ends up with them alone."""
   items.sort(key=lambda item: item.path.stem != "test_train")
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+  """A folder of 40 images in which there is nothing to see."""
+  folder = tmp_path_factory.mktemp("crops")
+  rng = np.random.default_rng(0)
+  for i in range(40):
+    pixels = rng.integers(0, 256, (32, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+  return folder

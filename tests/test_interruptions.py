@@ -15,23 +15,12 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from test_run import FORKS, refused, run_command
 
 from unreid_jax import UserError, train
 from unreid_jax.workdir import Workdir, checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def crops(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("crops")
-  rng = np.random.default_rng(0)
-  for i in range(40):
-    pixels = rng.integers(0, 256, (32, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / f"{i}.png")
-  return folder
 
 
 def hang_in(owner, name, here, is_deaf, arguments, log):
