@@ -3,10 +3,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from unreid_jax import UserError, sharding
-from unreid_jax.pseudo_labels import neighbors
-from unreid_jax.pseudo_labels.neighbors import search
+from unreid_jax.pseudo_labels import host_search, neighbors
+from unreid_jax.pseudo_labels.neighbors import search, search_on_devices
 
 
 def integers(n, d, seed=0):
@@ -24,29 +25,59 @@ def twin(features, k):
   return np.take_along_axis(squared, indices, axis=1), indices, squared.max(1)
 
 
-@pytest.mark.parametrize(("n", "k"), [(300, 30), (129, 1), (7, 7), (5, 30)])
-def test_equals_twin(n, k):
+def on_devices(num_devices):
+  mesh = sharding.make_mesh(num_devices)
+  return lambda features, k: search_on_devices(features, k, mesh)
+
+
+on_cpu = pytest.mark.parametrize(
+  "find",
+  [search, on_devices(1), on_devices(3), on_devices(8)],
+  ids=["host", "1 device", "3 devices", "8 devices"],
+)
+
+
+@on_cpu
+@pytest.mark.parametrize(("n", "k"), [(300, 30), (129, 1), (7, 7)])
+def test_equals_twin(find, n, k):
   features = integers(n, 4)
-  for got, want in zip(search(features, k), twin(features, k), strict=True):
+  found = find(features, k)
+  for got, want in zip(found, twin(features, k), strict=True):
+    np.testing.assert_array_equal(got, want)
+  assert found[0].dtype == np.float32 and found[1].dtype == np.int32
+
+
+def test_more_neighbours_than_rows():
+  features = integers(5, 4)
+  for got, want in zip(search(features, 30), twin(features, 5), strict=True):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("num_devices", [1, 3, 8])
-def test_the_mesh_in_use_does_not_matter(num_devices):
-  features = integers(500, 3)
-  want = neighbors(features, 20)
-  with jax.set_mesh(sharding.make_mesh(num_devices)):
-    got = neighbors(features, 20)
-  np.testing.assert_array_equal(got[0], want[0])
-  np.testing.assert_array_equal(got[1], want[1])
-  assert got[0].dtype == np.float32 and got[1].dtype == np.int32
-
-
-def test_blocks(monkeypatch):
+@pytest.mark.parametrize("n", [700, 641])
+def test_tiles_and_blocks(monkeypatch, n):
+  monkeypatch.setattr(host_search, "_TILE", 128)
   module = sys.modules[search.__module__]
   monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 50_000)
-  features = integers(700, 5)
-  for got, want in zip(search(features, 9), twin(features, 9), strict=True):
+  features = integers(n, 5)
+  for find in (search, on_devices(8)):
+    for got, want in zip(find(features, 9), twin(features, 9), strict=True):
+      np.testing.assert_array_equal(got, want)
+
+
+def test_processes_share_the_tiles_and_merge_what_they_found(monkeypatch):
+  monkeypatch.setattr(host_search, "_TILE", 64)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  features, parts = integers(300, 4), []
+
+  def gather(part):
+    parts.append(part)
+    return jax.tree.map(lambda *x: np.stack(x), *parts)
+
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  for process in range(3):  # the last one has what all have found
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    found = host_search.search(features, 20)
+  for got, want in zip(found, twin(features, 20), strict=True):
     np.testing.assert_array_equal(got, want)
 
 

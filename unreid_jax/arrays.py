@@ -115,7 +115,7 @@ def _as_number(name, kind, value):
   return getattr(kind, "__origin__", kind)(value)
 
 
-def compiled(**options: bool) -> Callable[[_Function], _Function]:
+def compiled(**options: bool | set[str]) -> Callable[[_Function], _Function]:
   """Compiles a function by numba, which keeps it where it can be written.
 
   Otherwise each process compiles anew.

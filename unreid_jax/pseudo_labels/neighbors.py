@@ -1,14 +1,16 @@
-"""The nearest neighbours of every image among all, by brute force on device."""
+"""The nearest neighbours of every image among all, by brute force."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int
 
 from unreid_jax import UserError, memory, sharding, values
 from unreid_jax.arrays import checked
+from unreid_jax.pseudo_labels import host_search
 
 _BLOCK_ELEMENTS = 2**25  # of a block of distances, over all devices: 128 MB
 Float32Rows = Float32[np.ndarray, "n d"]
@@ -21,9 +23,9 @@ def neighbors(
 ) -> tuple[_Distances, _Rows]:
   """Finds the k nearest rows of each row, itself included.
 
-  The search is exact and holds no [n, n] matrix: it compares a block of rows at
+  The search is exact and holds no [n, n] matrix. It compares a block of rows at
   a time with all rows, which are spread over the devices of `jax.set_mesh`, or
-  over all devices.
+  over all devices; if these are CPUs, numpy's matrix products replace XLA's.
 
   Args:
     features: rows [n, d], which need not be of unit length.
@@ -45,9 +47,19 @@ def search(
   features: Float[np.ndarray, "n d"], k: int
 ) -> tuple[_Distances, _Rows, Float[np.ndarray, " n"]]:
   """As `neighbors`, and the largest squared distance from each row."""
-  features, n = as_features(features), len(features)
+  features, k = as_features(features), min(k, len(features))
   mesh = jax.sharding.get_mesh()
   mesh = sharding.make_mesh() if mesh.empty else mesh
+  if mesh.devices.flat[0].platform == "cpu":
+    return host_search.search(features, k)
+  return search_on_devices(features, k, mesh)
+
+
+def search_on_devices(
+  features: Float32Rows, k: int, mesh: Mesh
+) -> tuple[_Distances, _Rows, Float[np.ndarray, " n"]]:
+  """As `search`, for k <= n, with the rows spread over accelerators."""
+  n = len(features)
   with jax.set_mesh(mesh):
     share = mesh.size * memory.ROW_MULTIPLE
     capacity = -(-n // share) * share
@@ -58,7 +70,7 @@ def search(
     parts = []
     for start in range(0, n, size):
       block = np.minimum(np.arange(start, start + size), n - 1)
-      found = _search_block(bank, features[block], block, n, min(k, n))
+      found = _search_block(bank, features[block], block, n, k)
       parts.append(jax.device_get(found))
   return tuple(np.concatenate(x)[:n] for x in zip(*parts, strict=True))
 
