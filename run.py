@@ -34,7 +34,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "evaluate", "report", "encode", "search", "verify", "export"],
+  [
+    "train",
+    "plan",
+    "evaluate",
+    "report",
+    "encode",
+    "search",
+    "verify",
+    "export",
+  ],
+  "plan: say what a run would need on --config.num_devices. "
   "evaluate: score the checkpoints. report: write WORKDIR/report.html anew. "
   "encode, search, verify, export: use the encoder of --checkpoint.",
 )
@@ -54,6 +64,12 @@ flags.DEFINE_integer("top", None, "search: how many images are shown; 10.", 1)
 flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
 flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
 flags.DEFINE_string("cache_dir", None, "Where features are kept.")
+_NUM_IMAGES = flags.DEFINE_integer(
+  "num_images", 0, "plan: train images; as in the published set.", lower_bound=0
+)
+_DEVICE_MEMORY = flags.DEFINE_float(
+  "device_memory", 0.0, "plan: of each device, in GiB.", lower_bound=0.0
+)
 _PROFILE = flags.DEFINE_integer(
   "profile", 0, "Steps whose times go to WORKDIR/profile.", lower_bound=0
 )
@@ -75,6 +91,8 @@ def main(argv: list[str]) -> None:
           "and leave --launch out"
         )
       return _use_encoder(_MODE.value)
+    if _MODE.value == "plan":
+      return _plan(_config())
     peers.join()
     workdir = _WORKDIR.value
     knows_its_config = _MODE.value == "report" and workdir
@@ -135,6 +153,18 @@ def _use_encoder(mode):
   if _config_file(sys.argv):
     given["card"] = make_card(_config())
   run(**given)
+
+
+def _plan(config):
+  """Prints what a run would need, of as many virtual devices of the CPU."""
+  import jax
+
+  from unreid_jax.plan import lines, plan
+
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", max(config.num_devices, 1))
+  found = plan(config, _NUM_IMAGES.value)
+  print("\n".join(lines(found, _DEVICE_MEMORY.value)))
 
 
 def _keep_compiled():

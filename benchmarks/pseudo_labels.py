@@ -1,6 +1,7 @@
-"""Times pseudo labels and re-ranking beside dense matrices in numpy.
+"""Times pseudo labels and re-ranking beside faiss and dense matrices in numpy.
 
   python benchmarks/pseudo_labels.py [--sizes=2000,4000,8000,12936]
+    [--search=12936x2048,32621x2048,100000x256] [--rounds=3]
     [--large=32621x2048,100000x256] [--rerank=3368x15913]
 
 A part that is given no size is left out. The features are random, around a
@@ -66,8 +67,28 @@ def alone(function, *arguments) -> tuple:
 
 
 def search_ours(n, d) -> tuple:
+  neighbors(make_features(300, d), K1)  # loads what numba has compiled
   found, *cost = measured(neighbors, make_features(n, d), K1)
   return cost, found, memory_mb("VmHWM")
+
+
+def search_faiss(n, d) -> tuple:
+  import faiss
+
+  def nearest(x):
+    index = faiss.IndexFlatL2(d)
+    index.add(x)
+    return index.search(x, K1)
+
+  found, *cost = measured(nearest, make_features(n, d))
+  return cost, found, memory_mb("VmHWM")
+
+
+def products_alone(n, d) -> tuple:
+  x = make_features(n, d)
+  blocks = range(0, n, 1024)
+  _, *cost = measured(lambda: [x[i : i + 1024] @ x.T for i in blocks] and None)
+  return cost, None, memory_mb("VmHWM")
 
 
 def cluster_ours(n, d, distances, indices) -> tuple:
@@ -188,6 +209,31 @@ def compare_clustering(sizes, d) -> None:
     print(f"Jaccard grows as n^{ours:.2f}, the dense one as n^{dense:.2f}")
 
 
+def compare_search(n, d, rounds) -> None:
+  contenders = {
+    "unreid_jax": search_ours,
+    "faiss-cpu": search_faiss,
+    "products": products_alone,
+  }
+  costs, found = {name: [] for name in contenders}, {}
+  for _ in range(rounds):
+    for name, run in contenders.items():
+      cost, found[name], _ = alone(run, n, d)
+      costs[name].append(cost)
+  ours, other = (found[name][1] for name in ("unreid_jax", "faiss-cpu"))
+  both = zip(ours, other, strict=True)
+  shared = np.mean([np.isin(*rows).mean() for rows in both])
+  print(f"the {K1} nearest of {n} x {d}; {100 * shared:.3f} % are the same")
+  fastest = {name: min(cost)[0] for name, cost in costs.items()}
+  for name, seconds in fastest.items():
+    spread = " ".join(f"{cost[0]:.2f}" for cost in costs[name])
+    print(
+      f"  {name:<11}{seconds:7.2f} s ({spread}), {min(costs[name])[1]:5.0f} MB"
+      f", {seconds / fastest['unreid_jax']:.2f}",
+      flush=True,
+    )
+
+
 def large_alone(n, d) -> None:
   search_cost, found, search_peak = alone(search_ours, n, d)
   costs, labels, entries, peak = alone(cluster_ours, n, d, *found)
@@ -221,12 +267,16 @@ def compare_reranking(q, g, d) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--sizes", default="2000,4000,8000,12936")
+  parser.add_argument("--search", default="12936x2048,32621x2048,100000x256")
+  parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--large", default="32621x2048,100000x256")
   parser.add_argument("--rerank", default="3368x15913")
   parser.add_argument("--dim", type=int, default=2048)
   flags = parser.parse_args()
   if flags.sizes:
     compare_clustering([int(n) for n in flags.sizes.split(",")], flags.dim)
+  for size in filter(None, flags.search.split(",")):
+    compare_search(*map(int, size.split("x")), flags.rounds)
   for size in filter(None, flags.large.split(",")):
     large_alone(*map(int, size.split("x")))
   if flags.rerank:

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -59,14 +58,9 @@ def golden():
 @pytest.fixture
 def collective_sizes():
   """Reads a compiled program: how many elements each collective moves."""
-  kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+  from unreid_jax import plan
 
-  def read(text):
-    lines = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
-    arrays = re.findall(r"[a-z]+\d+\[([\d,]*)\]", " ".join(lines))
-    return [np.prod([int(n) for n in x.split(",") if n]) for x in arrays]
-
-  return read
+  return lambda text: [size // 4 for _, size in plan.collectives(text)]
 
 
 @pytest.fixture

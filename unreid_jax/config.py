@@ -88,7 +88,7 @@ def encoder_options(config: ConfigDict) -> dict[str, Any]:
 def check_weights(config: ConfigDict) -> None:
   """Refuses `encoder.pretrained`, if it is set, where it does not fit."""
   if config.encoder.pretrained:
-    module, (_, variables) = _shapes(config)
+    module, (_, variables) = shapes(config)
     size = config.dataset.height, config.dataset.width
     pretrained.load(config.encoder.pretrained, module, variables, size)
 
@@ -139,7 +139,7 @@ def _check_features(config):
   """Whether encoder, method and images go together; nothing is computed."""
   with values.section("method"):
     method = methods.make(**config.method.to_dict())
-  module, (features, variables) = _shapes(config)
+  module, (features, variables) = shapes(config)
   jax.eval_shape(lambda key: method.init(key, features), jax.random.key(0))
   options = {"train": True, "mutable": ["batch_stats"]}
   options["rngs"] = {"drop_path": jax.random.key(0)}
@@ -150,7 +150,7 @@ def _check_features(config):
   jax.eval_shape(step, variables["params"])
 
 
-def _shapes(config):
+def shapes(config):
   """The encoder, and the shapes of a batch's features and of its variables."""
   module = models.make(**encoder_options(config))
   init, key = module.init_with_output, jax.random.key(0)

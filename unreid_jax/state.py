@@ -121,24 +121,55 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   """
   config, mesh, module = parts.config, parts.mesh, parts.module
   key, method_key = keys(config.seed)
-  shape = (config.dataset.height, config.dataset.width, 3)
   variables = encode.draw(module, parts.card, key)
   if weights:
-    variables = pretrained.load(weights, module, variables, shape[:2])
-  images = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
-  one_batch = jax.eval_shape(module.apply, variables, images)
+    size = config.dataset.height, config.dataset.width
+    variables = pretrained.load(weights, module, variables, size)
+  init, like = _init_method(parts, num_images, variables)
+  state = _with_zeros(parts, num_images, variables, init(method_key), like)
+  return jax.device_put(state, shardings(mesh, state))
+
+
+def shapes_of_state(parts: Parts, num_images: int) -> TrainState:
+  """As `first_state`, but the shapes and shardings alone; nothing is drawn."""
+  key = jax.eval_shape(lambda: keys(0)[0])
+  variables = encode.build(parts.card, "the card")[1]
+  init, like = _init_method(parts, num_images, variables)
+  with_sharding = lambda x, where: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=where
+  )
+  copies = NamedSharding(parts.mesh, sharding.COPY)
+  rest = functools.partial(_with_zeros, parts, num_images, like=like)
+  method = jax.eval_shape(init, key)
+  state = jax.eval_shape(rest, variables, method)
+  state = jax.tree.map(lambda x: with_sharding(x, copies), state)
+  places = init.lower(key).compile().output_shardings
+  method = jax.tree.map(with_sharding, method, places)
+  return state.replace(method=method)
+
+
+def _init_method(parts, num_images, variables):
+  """The method's jitted `init`, and the shapes of a batch's features."""
+  config = parts.config
+  shape = (config.batch_size, config.dataset.height, config.dataset.width, 3)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  like = jax.eval_shape(parts.module.apply, variables, images)
   of_all = lambda x: jax.ShapeDtypeStruct((num_images, *x.shape[1:]), x.dtype)
-  shapes = jax.tree.map(of_all, one_batch)
-  method = jax.jit(lambda key: parts.method.init(key, shapes))(method_key)
-  state = TrainState(
+  shapes = jax.tree.map(of_all, like)
+  return jax.jit(lambda key: parts.method.init(key, shapes)), like
+
+
+def _with_zeros(parts, num_images, variables, method, like) -> TrainState:
+  """The state that has these variables, and has learnt nothing."""
+  size = parts.config.batch_size
+  return TrainState(
     step=jnp.zeros((), jnp.int32),
     opt_state=jax.jit(parts.optimizer.init)(variables["params"]),
     method=method,
     labels=jnp.full(num_images, -1, jnp.int32),
-    sums=_no_figures(parts.method, method, one_batch, config.batch_size),
+    sums=_no_figures(parts.method, method, like, size),
     **variables,
   )
-  return jax.device_put(state, shardings(mesh, state))
 
 
 def keys(seed: int) -> tuple[Array, Array]:

@@ -83,9 +83,14 @@ def _list_files(name, root, version):
   """The files of each split that a set has."""
   if name == "folder":
     return folder.splits_in(root)
+  return builder(name).list_files(root, version)
+
+
+def builder(name: str) -> type:
+  """The TFDS builder of a published set."""
   module = importlib.import_module(f"unreid_jax.data.datasets.{name}")
   builders = {x.name: x for x in module.layout.Builder.__subclasses__()}
-  return builders[name].list_files(root, version)
+  return builders[name]
 
 
 def _synthetic(height, width, seed, splits) -> Dataset:
