@@ -489,6 +489,27 @@ def test_a_damaged_workdir(finished, tmp_path, name, text, line):
   assert contents(copy) == before
 
 
+def test_the_checkpoint_before_a_damaged_one(finished, tmp_path):
+  """The run says that it is there, and ends the same from it."""
+  workdir, _, run = finished
+  shutil.copytree(workdir, copy := tmp_path / "run")
+  longer, last = tiny_config(epochs=2), copy / "checkpoints" / "last"
+  shutil.copytree(last / "4", kept := tmp_path / "4")
+  run(longer, str(copy))
+  assert [x.name for x in last.iterdir()] == ["8"]  # it has ended
+  metrics, arrays = (copy / "metrics.jsonl").read_text(), saved_arrays(copy)
+  shutil.copytree(kept, last / "4")
+  (last / "8" / "training" / "_METADATA").write_bytes(b"x")
+  line = r"last/8 cannot .* it away, and the same command goes on after step 4$"
+  with pytest.raises(UserError, match=line):
+    run(longer, str(copy))
+  shutil.rmtree(last / "8")
+  run(longer, str(copy))
+  assert (copy / "metrics.jsonl").read_text() == metrics
+  for a, b in zip(saved_arrays(copy), arrays, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_a_best_encoder_of_another_config(finished, tmp_path):
   """It stays, also where no later checkpoint has been saved than the first."""
   workdir, _, run = finished
@@ -587,6 +608,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   assert stop(lambda: steps() > 5, signal.SIGTERM) == 75
   assert stop(lambda: steps() > 15, signal.SIGKILL) == -signal.SIGKILL
   assert stop(is_saving, signal.SIGKILL) == -signal.SIGKILL
+  assert len(list(broken.glob("checkpoints/last/*[0-9]"))) == 2
   assert start(broken).wait() == 0
   metrics = [(x / "metrics.jsonl").read_text() for x in (broken, unbroken)]
   assert metrics[0] == metrics[1]

@@ -66,7 +66,7 @@ def plan(config: ConfigDict, num_images: int = 0) -> Plan:
   device["at an epoch's start: all features, new banks"] = (
     host["features of all images"] + device["banks and labels"]
   )
-  disk = {"the last and the best checkpoint": 2 * _bytes(state)}
+  disk = {"the last two checkpoints, and the best": 3 * _bytes(state)}
   moved = collections.Counter()
   for kind, size in collectives(step.as_text()) if mesh.size > 1 else ():
     moved[kind] += size

@@ -122,11 +122,11 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
       f"step {step}", config.evaluate_batch_size, writer,
     )  # fmt: skip
     writer.resume(step)
-    checkpoints.forget("best", after=step)
+    checkpoints.keep("best", range(step + 1))
     if step:
       writer.log(f"goes on after step {step} of {end}")
     else:  # saved, so that a run without a last checkpoint is one that lost it
-      checkpoints.forget("last", after=-1)
+      checkpoints.keep("last", range(0))
       checkpoints.save("last", 0, card, state)
       if dataset.query is not None:
         writer.write(0, "evaluate", score_state(state, 0).scores)
@@ -185,6 +185,8 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
         scored = found.card if found else {}
         checkpoints.save("last", step, card | scored, state)
         session.save(step)
+      if step == end:
+        checkpoints.keep("last", range(end, end + 1))
       if found and config.report:
         from unreid_jax import report  # not earlier: it takes a second
 

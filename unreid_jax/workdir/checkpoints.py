@@ -25,7 +25,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class Checkpoints:
-  """The last checkpoint of a run and its best one.
+  """The last checkpoint of a run, the one before it, and the best one.
 
   Each is a folder with three items: `encoder`, the parameters and the running
   statistics; `card`, what builds the encoder; `training`, all else. It counts
@@ -34,8 +34,8 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: Workdir):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=1,
+    options = lambda num: ocp.CheckpointManagerOptions(
+      max_to_keep=num,
       create=True,
       cleanup_tmp_directories=True,
       enable_async_checkpointing=False,
@@ -44,9 +44,9 @@ class Checkpoints:
     self._workdir = workdir
     self._managers = {
       which: ocp.CheckpointManager(
-        workdir.checkpoints(which).resolve(), options=options
+        workdir.checkpoints(which).resolve(), options=options(num)
       )
-      for which in ("last", "best")
+      for which, num in {"last": 2, "best": 1}.items()
     }
 
   def __enter__(self) -> "Checkpoints":
@@ -57,10 +57,10 @@ class Checkpoints:
       manager.close()
 
   def save(self, which: str, step: int, card: dict, state: Any) -> None:
-    """Saves a `TrainState` in the place of the earlier "last" or "best" one.
+    """Saves a `TrainState` as the "last" or the "best" one.
 
     Raises:
-      UserError: it cannot be written; the earlier one stays.
+      UserError: it cannot be written; the earlier ones stay.
     """
     args = ocp.args.Composite(
       card=ocp.args.JsonSave(card),
@@ -88,10 +88,13 @@ class Checkpoints:
     """The step of the newest checkpoint of a kind."""
     return self._managers[which].latest_step()
 
-  def forget(self, which: str, after: int) -> None:
-    """Deletes checkpoints of later steps, which a killed run has left."""
+  def keep(self, which: str, steps: range) -> None:
+    """Deletes the checkpoints of all other steps.
+
+    A killed run has left later ones, and an ended one needs its last alone.
+    """
     for step in self._managers[which].all_steps():
-      if step > after:
+      if step not in steps:
         self._managers[which].delete(step)
 
   def restore(self, which: str, like: Any) -> Any:
@@ -182,7 +185,18 @@ def _whole(checkpoint):
     raise UserError(
       f"{checkpoint} cannot be restored ({_reason(error)}): it is damaged, or "
       "belongs to another encoder or another number of train images"
+      f"{_way_back(checkpoint)}"
     ) from None
+
+
+def _way_back(checkpoint):
+  """What to do about a damaged checkpoint that has an earlier one beside it."""
+  names = (path.name for path in checkpoint.parent.glob("*"))
+  steps = [int(name) for name in names if name.isdecimal()]
+  earlier = max((x for x in steps if x < int(checkpoint.name)), default=None)
+  if earlier is None:
+    return ""
+  return f"; move it away, and the same command goes on after step {earlier}"
 
 
 def _reason(error):
