@@ -54,6 +54,9 @@ _CHECKPOINT = flags.DEFINE_string(
 flags.DEFINE_string(
   "format", None, "export: torch, torch_reference, onnx or stablehlo."
 )
+flags.DEFINE_string(
+  "dtype", None, "export to onnx, stablehlo: float16 or bfloat16, for less."
+)
 flags.DEFINE_string("images", None, "encode: the folder of the images.")
 flags.DEFINE_string(
   "query", None, "search, verify: an image; search: a folder."

@@ -204,6 +204,43 @@ def test_an_exported_program_gives_the_features(
   assert not (tmp_path / f"other.{format}").exists()
 
 
+@pytest.mark.parametrize(
+  "format, dtype",
+  [("stablehlo", "float16"), ("stablehlo", "bfloat16"), ("onnx", "float16")],
+)
+def test_half_the_size(runnable, tmp_path, format, dtype):
+  """The features are close, and what is not is not written."""
+  if format == "onnx":
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
+  encoder, path = runnable["neck"], tmp_path / f"half.{format}"
+  whole = tmp_path / f"whole.{format}"
+  export.export(encoder, str(whole), format)
+  export.export(encoder, str(path), format, dtype)
+  assert path.stat().st_size < 0.8 * whole.stat().st_size
+  card = json.loads((tmp_path / f"half.{format}.json").read_text())
+  assert card["dtype"] == dtype
+  swapped = dataclasses.replace(
+    encoder, apply=lambda v, x: encoder.apply(v, x[..., ::-1])
+  )
+  with pytest.raises(UserError, match=r"features differ .* nothing is written"):
+    export.export(swapped, str(path), format, dtype)
+
+
+@pytest.mark.parametrize(
+  "format, dtype, line",
+  [
+    ("torch", "float16", "--dtype=float16: set it to float32, which --format="),
+    ("stablehlo", "int8", "set it to float32 or float16 or bfloat16, which"),
+    ("onnx", "bfloat16", "set it to float16, or --format=stablehlo"),
+  ],
+)
+def test_dtypes_that_a_format_has_not(encoders, tmp_path, format, dtype, line):
+  path = tmp_path / f"x{export.FORMATS[format][0]}"
+  with pytest.raises(UserError, match=line):
+    export.export(encoders["neck"], str(path), format, dtype)
+  assert not path.exists()
+
+
 def test_onnx_without_its_package(runnable, tmp_path, monkeypatch):
   monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
   with pytest.raises(UserError, match="pip install jax2onnx"):

@@ -118,13 +118,14 @@ def export(
   checkpoint: str,
   output: Sequence[str],
   format: str = "torch",
+  dtype: str = "float32",
   card: Card | None = None,
 ) -> None:
   """Writes the encoder for others; see `export`."""
   with sent_to(_say):
     encoder = load_encoder(checkpoint, card)
     for path in output:
-      write_encoder(encoder, path, format)
+      write_encoder(encoder, path, format, dtype)
 
 
 def _hits(images, rows, similarity, card) -> Iterator[dict]:

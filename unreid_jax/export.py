@@ -20,18 +20,23 @@ from unreid_jax.models.backbones.resnet import PLACES, ResNet
 from unreid_jax.models.pretrained import torch_name
 from unreid_jax.workdir import whole_file
 
-_TOLERANCE = 1e-4  # of features of length 1
+# The longest difference of a feature, whose length is 1.
+_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 _LAYERS = {layer: place for place, layer in PLACES.items()}
 _log = logging.getLogger(__name__)
 
 
-def export(encoder: Encoder, path: str, format: str) -> None:
+def export(
+  encoder: Encoder, path: str, format: str, dtype: str = "float32"
+) -> None:
   """Writes an encoder into a file, the old one or the whole new one.
 
   Args:
     encoder: what is written.
     path: the file, which ends as its format wants it.
     format: a key of `FORMATS`.
+    dtype: what a program computes in, and has its weights in: "float32", or
+      for half the size "float16", or "bfloat16" (not in ONNX).
 
   Raises:
     UserError: there is no such format, the file ends otherwise or cannot be
@@ -44,12 +49,18 @@ def export(encoder: Encoder, path: str, format: str) -> None:
   path, (ending, write) = values.expand(path, "--output"), FORMATS[format]
   if path.suffix != ending:
     raise UserError(f"--output={path}: end it in {ending}, as {format} does")
-  content = write(encoder)
+  is_program = format in ("onnx", "stablehlo")
+  if dtype not in _TOLERANCE or (dtype != "float32" and not is_program):
+    wanted = " or ".join(_TOLERANCE) if is_program else "float32"
+    raise UserError(
+      f"--dtype={dtype}: set it to {wanted}, which --format={format} has"
+    )
+  content = write(encoder, dtype) if is_program else write(encoder)
   with whole_file(path, "--output") as file:
     file.write(content)
-  if format in ("onnx", "stablehlo"):  # a card for people and programs
+  if is_program:  # a card for people and programs
     with whole_file(path.with_name(f"{path.name}.json"), "--output") as file:
-      file.write(json.dumps(_model_card(encoder), indent=2).encode())
+      file.write(json.dumps(_model_card(encoder, dtype), indent=2).encode())
   arch, size = encoder.card["encoder"]["arch"], len(content) / 2**20
   _log.info("%s: %s as %s, %.1f MB", path, arch, format, size)
 
@@ -115,7 +126,7 @@ def _safetensors(state_of: Callable) -> Callable[[Encoder], bytes]:
   return write
 
 
-def stablehlo(encoder: Encoder) -> bytes:
+def stablehlo(encoder: Encoder, dtype: str = "float32") -> bytes:
   """A program for `jax.export.deserialize`, on CPUs, GPUs and TPUs.
 
   From images u8[b, h, w, 3] of any number to features, weights included.
@@ -123,57 +134,75 @@ def stablehlo(encoder: Encoder) -> bytes:
   Raises:
     UserError: its features are not the encoder's.
   """
-  forward, images = _forward(encoder)
+  forward, images = _forward(encoder, dtype)
   program = jax.export.export(
     jax.jit(forward), platforms=("cpu", "cuda", "rocm", "tpu")
   )(images)
   content = program.serialize()
-  _check(encoder, jax.export.deserialize(content).call, "stablehlo")
+  _check(encoder, jax.export.deserialize(content).call, "stablehlo", dtype)
   return bytes(content)
 
 
-def onnx(encoder: Encoder) -> bytes:
+def onnx(encoder: Encoder, dtype: str = "float32") -> bytes:
   """A model for ONNX runtimes; "images" u8[b, h, w, 3] of any number come in.
 
   The outputs are the features, by the name "features", or "global" and "local".
 
   Raises:
-    UserError: jax2onnx is not installed, or the features in onnxruntime are not
-      the encoder's.
+    UserError: jax2onnx is not installed, the features in onnxruntime are not
+      the encoder's, or the dtype is "bfloat16", which it cannot run.
   """
+  if dtype == "bfloat16":
+    raise UserError(
+      "--dtype=bfloat16: set it to float16, or --format=stablehlo"
+    )
   if not importlib.util.find_spec("jax2onnx"):
     raise UserError(
       "jax2onnx is not installed: pip install jax2onnx onnxruntime"
     )
   import jax2onnx
   import onnxruntime
+  from onnxruntime.transformers import float16
 
-  forward, images = _forward(encoder)
+  forward, images = _forward(encoder, "float32")
   logging.getLogger("onnx_ir").setLevel(logging.ERROR)
   shapes = jax.eval_shape(encoder.apply, encoder.variables, _zeros(encoder, 1))
   names = sorted(shapes) if isinstance(shapes, dict) else ["features"]
   model = jax2onnx.to_onnx(
     forward, [images], opset=18, input_names=["images"], output_names=names
   )
+  if dtype == "float16":  # head and all; images and features stay as they are
+    model = float16.convert_float_to_float16(model, keep_io_types=True)
   prop = model.metadata_props.add()
   prop.key, prop.value = CARD, json.dumps(encoder.card)
   content = model.SerializeToString()
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3  # it warns of each node that is not folded
   session = onnxruntime.InferenceSession(
-    content, providers=["CPUExecutionProvider"]
+    content, options, providers=["CPUExecutionProvider"]
   )
 
   def run(images):
     return session.run(names, {"images": images})
 
-  _check(encoder, run, "onnx")
+  _check(encoder, run, "onnx", dtype)
   return content
 
 
-def _forward(encoder) -> tuple[Callable, jax.ShapeDtypeStruct]:
+def _forward(encoder, dtype) -> tuple[Callable, jax.ShapeDtypeStruct]:
   """From images to features, and the shape of any number of images."""
   module = models.make(**encoder.card["encoder"])
   colour = tuple(encoder.card["mean"]), tuple(encoder.card["std"])
   variables = jax.tree.map(jnp.asarray, jax.device_get(encoder.variables))
+  if dtype != "float32":
+    module = module.clone(backbone=module.backbone.clone(dtype=dtype))
+    is_kernel = lambda path: (
+      path[0].key == "params" and path[1].key == "backbone"
+    )
+    variables = jax.tree.map_with_path(
+      lambda path, x: x.astype(dtype) if is_kernel(path) and x.ndim > 1 else x,
+      variables,
+    )
 
   def forward(images):
     images = augment.normalise(images, *colour)
@@ -188,7 +217,7 @@ def _zeros(encoder, num):
   return jax.ShapeDtypeStruct(shape, jnp.uint8)
 
 
-def _check(encoder, run, format) -> None:
+def _check(encoder, run, format, dtype) -> None:
   """Refuses an exported encoder whose features are others."""
   for num in 1, 3:
     images = np.random.default_rng(num).integers(
@@ -197,21 +226,23 @@ def _check(encoder, run, format) -> None:
     pairs = zip(
       *map(jax.tree.leaves, (encoder(images), run(images))), strict=True
     )
-    error = max(float(np.abs(a - np.asarray(b)).max()) for a, b in pairs)
-    if not error <= _TOLERANCE:
+    apart = lambda a, b: np.linalg.norm(a - np.asarray(b), axis=-1).max()
+    error = max(float(apart(a, b)) for a, b in pairs)
+    if not error <= _TOLERANCE[dtype]:
       raise UserError(
         f"--format={format}: its features differ from the encoder's by "
         f"{error:.2g}, so nothing is written: choose another format"
       )
 
 
-def _model_card(encoder) -> dict[str, Any]:
+def _model_card(encoder, dtype) -> dict[str, Any]:
   """What one must know to use the file."""
   height, width = encoder.card["height"], encoder.card["width"]
   return {
     "input": f"images, uint8 [any number, {height}, {width}, 3], RGB; colours "
     "are normalised inside",
     "output": "unit features; the cosine of two is their similarity",
+    "dtype": dtype,
     "weights": "those of the training, whose licence is that of its images and "
     "of the weights it began with",
     **encoder.card,
@@ -219,7 +250,7 @@ def _model_card(encoder) -> dict[str, Any]:
 
 
 # How the file ends, and what turns an encoder into its content.
-FORMATS: dict[str, tuple[str, Callable[[Encoder], bytes]]] = {
+FORMATS: dict[str, tuple[str, Callable[..., bytes]]] = {
   "onnx": (".onnx", onnx),
   "stablehlo": (".stablehlo", stablehlo),
   "torch": (".safetensors", _safetensors(torch_state)),
