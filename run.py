@@ -65,6 +65,9 @@ flags.DEFINE_string("gallery", None, "search: a folder; verify: an image.")
 flags.DEFINE_list("output", None, "encode, search, export: files.")
 flags.DEFINE_integer("top", None, "search: how many images are shown; 10.", 1)
 flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
+flags.DEFINE_bool(
+  "approximate", None, "search: by an index, in large galleries."
+)
 flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
 flags.DEFINE_string("cache_dir", None, "Where features are kept.")
 _NUM_IMAGES = flags.DEFINE_integer(

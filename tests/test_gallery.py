@@ -1,5 +1,6 @@
 """Features of a folder: each image is encoded once, whatever happens."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from unreid_jax import (
   commands,
   feature_files,
   gallery,
+  index,
   ranking,
   search,
   sharding,
@@ -254,3 +256,48 @@ def test_a_query_is_read_before_the_gallery(folder, monkeypatch, query):
   with pytest.raises(UserError, match=str(query)):
     commands.search(".", str(query), str(folder), cache_dir=str(cache))
   assert not cache.exists()
+
+
+def test_the_index_follows_the_folder(folder, update, monkeypatch):
+  """With eleven images it misses none, whatever happened to the store."""
+  pytest.importorskip("usearch", reason="usearch is not installed")
+  encoder = make_encoder()
+  first, *others = sorted(folder.rglob("*.png"))
+  query = flat(encoder([first, others[4]]))
+
+  def check():
+    found = update(make_encoder())
+    want = search.rank(query, found, 5)
+    for _ in range(2):  # made, and restored
+      got = index.rank_approximately(query, found, 5)
+      np.testing.assert_array_equal(got.rows, want.rows)
+      np.testing.assert_allclose(got.similarity, want.similarity, 1e-6)
+    return found
+
+  found = check()
+  os.unlink(first)  # its row stays in the store
+  write(folder / "1" / "99.png", 99)
+  check()
+  path = folder.parent / "c"
+  (path,) = path.rglob("index.usearch")
+  path.write_bytes(b"x" * 100)
+  check()
+  other = index._updated(
+    dataclasses.replace(found, stored=_reversed(found.stored, path))
+  )
+  np.testing.assert_allclose(other.get(0), found.stored[-1], atol=1e-3)
+
+
+def _reversed(stored, beside):
+  """The features in another order, in a store of their own."""
+  path = beside.with_name("other.bin")
+  stored[::-1].tofile(path)
+  return np.memmap(path, np.float32, "r", shape=stored.shape)
+
+
+def test_an_index_without_its_package(folder, update, monkeypatch):
+  monkeypatch.setattr(index.importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match="pip install usearch"):
+    index.rank_approximately(
+      np.ones((1, 4), np.float32), update(make_encoder())
+    )

@@ -20,6 +20,7 @@ from unreid_jax.encode import Card, flat, load_encoder
 from unreid_jax.export import export as write_encoder
 from unreid_jax.feature_files import WRITERS
 from unreid_jax.gallery import Gallery, update
+from unreid_jax.index import rank_approximately
 from unreid_jax.report.crops import Crop, Row, picture
 from unreid_jax.search import rank
 from unreid_jax.search import rerank as rank_anew
@@ -58,13 +59,17 @@ def search(
   rerank: bool = False,
   output: Sequence[str] = (),
   cache_dir: str = "",
+  approximate: bool = False,
   card: Card | None = None,
 ) -> None:
   """Shows the images of a gallery that are nearest to a query, or to each.
 
   The features of the gallery are kept, and brought up to date. An output is a
-  .json or an .html.
+  .json or an .html. Only if it is approximate, some of the nearest may be
+  missed.
   """
+  if rerank and approximate:
+    raise UserError("--rerank compares all images: leave out --approximate")
   outputs = _outputs(output, (".json", ".html"))
   _folder(gallery, "--gallery")
   encoder = load_encoder(checkpoint, card)
@@ -77,6 +82,7 @@ def search(
       features = flat(encoder(paths))
     images = _update(gallery, "--gallery", encoder, cache_dir)
   near = rank_anew if rerank else rank
+  near = rank_approximately if approximate else near
   hits = near(features[:], images, top)
   threshold = encoder.card.get("same_person")
   results = [
