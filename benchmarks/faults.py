@@ -39,22 +39,22 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=50)
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--seed", type=int, default=0)
-  options = parser.parse_args()
+  flags = parser.parse_args()
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
-  draw, hits, bad = random.Random(options.seed), collections.Counter(), 0
+  draw, hits, bad = random.Random(flags.seed), collections.Counter(), 0
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    _make_images(folder / "data")
-    assert _run(folder, "unbroken", options.processes) == 0
-    expected = _result(folder / "unbroken")
+    make_images(folder / "data")
+    assert _run(folder, "unbroken", flags.processes) == 0
+    expected = result(folder / "unbroken")
     start = time.monotonic()
-    assert _run(folder, "again", options.processes) == 0  # compiled by now
+    assert _run(folder, "again", flags.processes) == 0  # compiled by now
     seconds = time.monotonic() - start
     print(f"an unbroken run takes {seconds:.0f} s", flush=True)
-    for kill in range(options.kills):
+    for kill in range(flags.kills):
       name, status, after = f"run{kill}", None, draw.uniform(0, seconds)
       while status != 0:
-        status = _run(folder, name, options.processes, after, draw)
+        status = _run(folder, name, flags.processes, after, draw)
         if after is not None:
           log = folder / f"{name}.txt"
           ends = "the run has ended", "process ", "another process"
@@ -65,18 +65,16 @@ def main() -> None:
           print((folder / f"{name}.txt").read_text())
           break
         after = None
-      differ = [
-        k for k, x in _result(folder / name).items() if x != expected[k]
-      ]
+      differ = [k for k, x in result(folder / name).items() if x != expected[k]]
       bad += bool(differ)
       print(f"{name}: {', '.join(differ) or 'the same'}", flush=True)
-  print(f"{bad} of {options.kills} differ; the last line before a kill:")
+  print(f"{bad} of {flags.kills} differ; the last line before a kill:")
   for line, count in hits.most_common():
     print(f"{count:>5}  {line}")
   sys.exit(bad > 0)
 
 
-def _make_images(folder):
+def make_images(folder):
   folder.mkdir()
   pixels = np.random.default_rng(0).integers(
     0, 256, (_IMAGES, 32, 16, 3), np.uint8
@@ -85,17 +83,21 @@ def _make_images(folder):
     Image.fromarray(image).save(folder / f"{i}.png")
 
 
-def _run(folder, name, processes, after=None, draw=None):
-  """Runs until its end, or kills some of it after so many seconds."""
-  command = [
-    sys.executable, "run.py",
+def options(folder, name, host=""):
+  """Those of run.py for a small run on the images."""
+  return [
     "--config=configs/cluster_contrast.py:folder,small",
     f"--workdir={folder / name}", f"--config.dataset.root={folder / 'data'}",
-    f"--config.dataset.cache_dir={folder / (name + '-cache')}",
+    f"--config.dataset.cache_dir={folder / f'{name}-cache{host}'}",
     "--config.epochs=8", "--config.steps_per_epoch=5",
     "--config.encoder.width=0.125", "--config.evaluate_every=2 epochs",
     "--config.method.instance_epochs=4", "--config.method.eps=.7",
   ]  # fmt: skip
+
+
+def _run(folder, name, processes, after=None, draw=None):
+  """Runs until its end, or kills some of it after so many seconds."""
+  command = [sys.executable, "run.py", *options(folder, name)]
   command += [f"--launch={processes}"] if processes > 1 else []
   cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   with open(folder / f"{name}.txt", "ab") as log:
@@ -130,7 +132,7 @@ def _is_alive(pid):
     return False
 
 
-def _result(workdir):
+def result(workdir):
   """What a run has left, piece by piece, so that two runs can be compared."""
   files = [x for x in workdir.rglob("*") if x.is_file()]
   names = sorted(str(x.relative_to(workdir)) for x in files)
