@@ -25,6 +25,7 @@ def get_config(arguments: str = "synthetic,small"):
   dataset, size = default.parse(arguments)
   config = default.get_config("hhcl", dataset)
   if size == "lite":
+    config.encoder.pooling = "gem"
     return default.lite_clusters(config, num_instances=4)
   if size == "small":
     small_clustering = default.SMALL_CLUSTERING | {"num_instances": 4}
