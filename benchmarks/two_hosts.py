@@ -5,9 +5,8 @@
 The hosts are two network namespaces of this machine (iproute2), with names, an
 interface and a cache of images each, and one workdir. While the link is down
 both processes must end with status 76; when it is up the same commands are
-given again. The metrics and all arrays of the last checkpoint must then be those
-of two processes
-whose link was never cut.
+given again. The metrics and all arrays of the last checkpoint must then be
+those of two processes whose link was never cut.
 """
 
 import argparse
