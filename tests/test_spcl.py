@@ -223,6 +223,42 @@ def test_labels_of_the_memory(mesh, name):
   assert np.all(after.labels[80:] == -1)
 
 
+@pytest.mark.parametrize("name", ["spcl", "dhcl_hnm"])
+def test_without_outliers_they_change_nothing(name):
+  """They have no label; neither loss nor gradient knows their rows."""
+  rng = np.random.default_rng(0)
+  features = np.concatenate([groups(rng, 10, 8), unit(rng, 16, 16)])
+  features = features[rng.permutation(96)]
+  camids = np.zeros(96, np.int32)
+  options = {"k1": 8, "k2": 3, "eps": 0.4, "outliers": "none"}
+  method = methods.make(name, **options)
+  all_of_them = methods.make(name, **options | {"outliers": "classes"})
+  state = method.init(KEY, jax.eval_shape(lambda: features))
+  split, encode = make_split(camids), gives(features)
+  found, with_them = (
+    x.label(state, encode, split, 0) for x in (method, all_of_them)
+  )
+  alone = np.bincount(with_them.values)[with_them.values] == 1
+  assert 0 < alone.sum() < 60
+  np.testing.assert_array_equal(found.values < 0, alone)
+  kept = found.values[~alone]
+  np.testing.assert_array_equal(np.unique(kept), np.arange(kept.max() + 1))
+  pairs = np.stack([kept, with_them.values[~alone]])
+  assert len(np.unique(pairs, axis=1).T) == kept.max() + 1
+  rows = np.flatnonzero(~alone)[:8]
+  batch = make_batch(rows, found.values[rows])
+  of_step = jax.value_and_grad(
+    lambda x, state: method.step(state, x, batch, KEY)[0]
+  )
+  outs = []
+  for other in features, np.where(alone[:, None], features[::-1], features):
+    given = dict(found.given) | {"features": other}
+    state = jax.jit(method.refresh)(state, found.values, given, KEY)
+    outs.append(of_step(features[rows], state))
+  for a, b in zip(*map(jax.tree.leaves, outs), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_the_threshold_is_that_of_the_first_clusters():
   rng = np.random.default_rng(0)
   camids = np.arange(90, dtype=np.int32) % 3

@@ -54,7 +54,7 @@ class Hyperparameters(Clustering):
   Attributes:
     temperature: t, which divides the similarities; the result are the logits.
     momentum: the weight of the old row.
-    recluster: what is clustered after the first epoch, as in `spcl`.
+    recluster, outliers: as in `spcl`.
     debias: "mask" leaves out the proxies that fall into one cluster with the
       anchor's own at a looser eps; "estimator" subtracts what false negatives
       are expected to contribute; "none" does neither.
@@ -76,6 +76,7 @@ class Hyperparameters(Clustering):
   temperature: Positive = 0.05
   momentum: BelowOne = 0.2
   recluster: spcl.Recluster = "memory"
+  outliers: spcl.Outliers = "classes"
   debias: Literal["mask", "estimator", "none"] = "mask"
   mask_gap: NotNegative = 0.05
   tau_plus: BelowOne = 1e-4
@@ -119,19 +120,22 @@ def init(key, shapes) -> State:
 
 
 def label(hp, state: State, encode, split, epoch: int) -> Labels:
-  """Clusters, outliers as classes of their own, and the looser clusters."""
+  """Clusters, outliers as classes of their own or not, looser clusters."""
   num = len(split.camids)
   features, given = spcl.features_to_cluster(hp, state, encode, num, epoch)
   loose = given["loose"] = np.full(len(state.labels), -1, np.int32)
   if epoch < hp.instance_epochs:
     return one_each(num, given)
   gaps = (0.0, hp.mask_gap) if hp.debias == "mask" else (0.0,)
-  found = cluster(hp, features, split.camids, gaps, outliers_are_classes=True)
-  labels = outliers_alone(found.labels[0])
-  k = labels.max() + 1
+  with_outliers = hp.outliers == "classes"
+  found = cluster(hp, features, split.camids, gaps, with_outliers)
+  labels = found.labels[0]
+  labels = outliers_alone(labels) if with_outliers else labels
+  own = labels >= 0
+  k = labels.max(initial=-1) + 1
   if hp.debias == "mask":
-    loose[:k] = false_negatives.merged_into(labels, found.labels[1])
-  figures = false_negatives.report(labels, loose[:k], split.pids)
+    loose[:k] = false_negatives.merged_into(labels[own], found.labels[1][own])
+  figures = false_negatives.report(labels[own], loose[:k], split.pids[own])
   figures = {"eps": found.eps} | figures
   return Labels(labels, given, figures, found.seconds, found.notes)
 

@@ -31,6 +31,7 @@ from unreid_jax.pseudo_labels.self_paced import check_gap, refine
 from unreid_jax.values import BelowOne, NotNegative, Positive
 
 Recluster = Literal["memory", "features"]
+Outliers = Literal["classes", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,16 @@ class Hyperparameters(Clustering):
     recluster: what is clustered after the first epoch: "memory", the memory as
       the steps have left it, without a pass over the images; or "features",
       which are encoded anew each epoch, and which the memory then starts from.
+    outliers: "classes", each image that is alone is a class of its own, as the
+      authors have it; or "none", it is left out. Ours, for first features so
+      poor that most images are alone though they are somebody's.
   """
 
   temperature: Positive = 0.05
   momentum: BelowOne = 0.2
   eps_gap: NotNegative = 0.02
   recluster: Recluster = "memory"
+  outliers: Outliers = "classes"
 
   def __post_init__(self):
     super().__post_init__()
@@ -99,10 +104,14 @@ def label(hp, state: State, encode, split, epoch: int) -> Labels:
   if epoch < hp.instance_epochs:
     return one_each(num, given | {"threshold": np.asarray(state.threshold)})
   gaps = 0.0, -hp.eps_gap, hp.eps_gap
-  found = cluster(hp, features, split.camids, gaps, outliers_are_classes=True)
+  found = cluster(hp, features, split.camids, gaps, hp.outliers == "classes")
   labels, threshold = refine(*found.labels, threshold=float(state.threshold))
   labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
   alone = np.bincount(labels)[labels] == 1
+  if hp.outliers == "none":
+    labels[alone] = -1
+    labels = np.unique(np.append(labels, -1), return_inverse=True)[1][:-1] - 1
+    labels = labels.astype(np.int32)
   unreliable = int(np.sum(alone & (found.labels[0] >= 0)))
   figures = {"eps": found.eps, "unreliable": unreliable}
   given["threshold"] = np.array(threshold, np.float32)
