@@ -82,7 +82,7 @@ _PROFILE = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-  from unreid_jax import train  # not earlier: it takes seconds
+  from unreid_jax import scoring, train  # not earlier: it takes seconds
   from unreid_jax.hosts import peers
 
   logging.set_verbosity(logging.WARNING)  # Orbax tells a lot
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     config = None if knows_its_config and not _CONFIG.value else _config()
     workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
     if _MODE.value == "evaluate":
-      train.score(config, workdir, _CHECKPOINT.value or "")
+      scoring.score(config, workdir, _CHECKPOINT.value or "")
     elif _CHECKPOINT.value:
       raise UserError(
         f"--checkpoint is not for --mode={_MODE.value}: train from weights "

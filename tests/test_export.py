@@ -18,8 +18,8 @@ from unreid_jax import (
   export,
   load_encoder,
   ranking,
+  scoring,
   sharding,
-  train,
 )
 from unreid_jax.data import Dataset
 from unreid_jax.state import make_card
@@ -138,7 +138,7 @@ def test_scores_of_weights(tmp_path, monkeypatch, capsys):
   state |= {"classifier.weight": np.zeros((9, 16), np.float32)}
   weights = tmp_path / "model_best.pth.tar"
   weights.write_bytes(safetensors.numpy.save(state))
-  train.score(config, str(tmp_path / "run"), str(weights))
+  scoring.score(config, str(tmp_path / "run"), str(weights))
   with jax.set_mesh(sharding.make_mesh(1)):
     encoder = load_encoder(weights, make_card(config))
   q, g = encoder(query.images), encoder(gallery.images)
@@ -152,7 +152,7 @@ def test_scores_of_weights(tmp_path, monkeypatch, capsys):
   path = tmp_path / "encoder.safetensors"
   export.export(encoder, str(path), "torch")
   config.encoder.pooling = "gem"
-  train.score(config, str(tmp_path / "run"), str(path))
+  scoring.score(config, str(tmp_path / "run"), str(path))
   assert f" {100 * want.mAP:.1f} " in capsys.readouterr().out
 
 

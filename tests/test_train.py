@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from configs import default
-from unreid_jax import UserError, evaluate, sharding, step, train
+from unreid_jax import UserError, evaluate, scoring, sharding, step, train
 from unreid_jax.config import resolve
 from unreid_jax.data import Dataset, Split
 from unreid_jax.methods import cluster_contrast
@@ -336,7 +336,7 @@ def test_a_set_without_queries_exports_features(monkeypatch, tmp_path):
   assert exported["global"].shape == (40, 64)
   assert exported["local"].shape == (40, 4, 16)
   (tmp_path / "features.npz").unlink()
-  train.score(tiny_config(epochs=1), str(tmp_path))
+  scoring.score(tiny_config(epochs=1), str(tmp_path))
   again = np.load(tmp_path / "features.npz")
   for name, array in exported.items():
     np.testing.assert_array_equal(again[name], array)
@@ -355,7 +355,7 @@ def test_scores_of_a_checkpoint(dataset, monkeypatch, tmp_path):
   monkeypatch.setattr(train.Writer, "table", lambda self, x: tables.append(x))
   use(monkeypatch, dataset._replace(train=None))
   config.dataset.height, config.optim.lr = 64, 1.0
-  train.score(config, str(tmp_path))
+  scoring.score(config, str(tmp_path))
   (rows,) = tables
   assert rows[0]["step"] == 8
   for row in rows:
@@ -435,7 +435,7 @@ def test_a_run_that_lost_its_last_checkpoint(dataset, tmp_path, gone):
     ):
       train.train(config, str(tmp_path))
   assert contents(tmp_path) == left
-  train.score(config, str(tmp_path))  # the best one is still of use
+  scoring.score(config, str(tmp_path))  # the best one is still of use
 
 
 @pytest.mark.parametrize(
@@ -552,12 +552,12 @@ def finished(tmp_path_factory):
 
 def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
   with pytest.raises(UserError, match="holds no checkpoint: give a workdir in"):
-    train.score(tiny_config(), str(tmp_path))
+    scoring.score(tiny_config(), str(tmp_path))
   old = tmp_path / "checkpoints" / "last" / "4" / "default"
   old.mkdir(parents=True)
   Workdir(tmp_path).write_config(tiny_config())
   before = contents(tmp_path)
-  for use_it in (train.train, train.score):
+  for use_it in (train.train, scoring.score):
     with pytest.raises(UserError, match=r"earlier version.*another --workdir"):
       use_it(tiny_config(), str(tmp_path))
   assert contents(tmp_path) == before

@@ -7,6 +7,8 @@ keys. Here they are only collected.
 
 import functools
 import json
+import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
@@ -221,3 +223,16 @@ def _leaves(types, section, prefix=""):
       yield from _leaves(nested, value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", kind, value
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+  """What must be the same in all processes before they do anything."""
+  folder = pathlib.Path(__file__).parent
+  sources = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
+  return settings(config) | {
+    "the code of unreid_jax": functools.reduce(
+      lambda crc, text: zlib.crc32(text, crc), sources, 0
+    ),
+    "the version of jax": jax.__version__,
+    "the number of devices": jax.local_device_count(),
+  }

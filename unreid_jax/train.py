@@ -9,33 +9,27 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, encode, methods, sharding
+from unreid_jax import UserError, data, sharding
 from unreid_jax.config import (
   check,
   check_same,
   check_weights,
+  facts,
   resolve,
-  settings,
 )
 from unreid_jax.data import sampler
-from unreid_jax.evaluate import (
-  Evaluation,
-  by_labels,
-  evaluate,
-  export_features,
-)
 from unreid_jax.hosts import peers
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
+from unreid_jax.scoring import report_scores
 from unreid_jax.state import (
   Parts,
   TrainState,
   first_state,
   keys,
-  make_card,
   make_parts,
 )
 from unreid_jax.step import compile_step
@@ -43,7 +37,6 @@ from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import (
   Checkpoints,
   check_version,
-  find,
   read_card,
 )
 from unreid_jax.workdir.sessions import Session
@@ -201,19 +194,6 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
     writer.table(writer.history("evaluate"))
 
 
-def facts(config: ConfigDict) -> dict[str, Any]:
-  """What must be the same in all processes before they do anything."""
-  folder = pathlib.Path(__file__).parent
-  sources = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
-  return settings(config) | {
-    "the code of unreid_jax": functools.reduce(
-      lambda crc, text: zlib.crc32(text, crc), sources, 0
-    ),
-    "the version of jax": jax.__version__,
-    "the number of devices": jax.local_device_count(),
-  }
-
-
 def find_earlier(workdir: Workdir, config: ConfigDict) -> pathlib.Path | None:
   """The checkpoint that a run with this config goes on from, if there is one.
 
@@ -236,85 +216,6 @@ def checksum(tree: Any) -> int:
   """A number that tells one tree of replicated arrays from another."""
   arrays = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(tree)))
   return functools.reduce(lambda crc, x: zlib.crc32(x, crc), arrays, 0)
-
-
-def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
-  """Scores a workdir's last and best checkpoint and trains nothing.
-
-  The encoders are the checkpoints'; the config says which data set they are
-  scored on, and by which method's distance. The train images are not read.
-
-  Args:
-    config: the config.
-    path: the workdir, to whose log is written.
-    checkpoint: what is scored instead: another checkpoint, or a file of
-      PyTorch weights, whose encoder is the config's; see `load_encoder`.
-
-  Raises:
-    UserError: bad input, or there is no checkpoint.
-  """
-  with contextlib.ExitStack() as stack:
-    peers.agree(facts(config))
-    mesh = sharding.make_mesh(config.num_devices)
-    stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(Preemption())
-    check(config, mesh.size)
-    workdir = Workdir(path)
-    saved = filter(None, map(workdir.newest, ("last", "best")))
-    saved = [checkpoint] if checkpoint else list(saved) or [find(path)]
-    writer = stack.enter_context(Writer(workdir))
-    copies = NamedSharding(mesh, sharding.COPY)
-    method = methods.make(**resolve(config, 1).method.to_dict())
-    distance = jax.jit(method.distance, out_shardings=copies)
-    rows, dataset = {}, None
-    for found in saved:
-      name = checkpoint or f"step {found.name}"
-      if name in rows:  # the last one is the best one too
-        continue
-      encoder = encode.load_encoder(found, make_card(config))
-      dataset = dataset or load_test_set(config, encoder)
-      batch_size = config.evaluate_batch_size
-      result = report_scores(
-        encoder, distance, dataset, None, name, batch_size, writer
-      )
-      title = {"step": 0, "name": pathlib.Path(checkpoint).name}
-      title = title if checkpoint else {"step": int(found.name)}
-      rows[name] = title | result.scores
-    writer.table(list(rows.values()))
-
-
-def load_test_set(config: ConfigDict, encoder: encode.Encoder) -> data.Dataset:
-  """Queries and gallery at the encoder's size; without any, the train set."""
-  size = {name: encoder.card[name] for name in ("height", "width")}
-  load = functools.partial(data.load, **config.dataset.to_dict() | size)
-  dataset = load(splits=("query", "gallery"))
-  return load(splits=("train",)) if dataset.query is None else dataset
-
-
-def report_scores(
-  encoder: encode.Encoder,
-  distance: methods.Distance,
-  dataset: data.Dataset,
-  labels: Int[np.ndarray, " n"] | None,
-  name: str,
-  batch_size: int,
-  writer: Writer,
-) -> Evaluation:
-  """Scores an encoder; without queries, exports the train set's features.
-
-  Then its pseudo labels, if they are given, set the encoder's threshold.
-  """
-  if dataset.query is None:
-    path = writer.workdir.features
-    features = export_features(encoder, dataset.train, batch_size, path)
-    writer.log(f"{name:<19} features are in {path}")
-    if labels is None:
-      return Evaluation({}, {})
-    return by_labels(features, labels, dataset.train.camids)
-  found = evaluate(encoder, distance, dataset, batch_size)
-  text = "  ".join(f"{key} {100 * x:.1f}" for key, x in found.scores.items())
-  writer.log(f"{name:<19} {text}")
-  return found
 
 
 def report_step(

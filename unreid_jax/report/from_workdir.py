@@ -3,14 +3,14 @@
 import contextlib
 
 import jax
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, methods, report, sharding
+from unreid_jax import UserError, data, report, sharding
 from unreid_jax.config import check, from_json, resolve
 from unreid_jax.encode import load_encoder
 from unreid_jax.evaluate import Evaluation, evaluate
 from unreid_jax.preemption import Preemption
+from unreid_jax.scoring import make_distance
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import find, read_labels, write_card
 from unreid_jax.workdir.writer import Writer
@@ -48,9 +48,7 @@ def write(config: ConfigDict | None, path: str) -> None:
         f"has {num}: set --config.dataset to the one of the run"
       )
     config = resolve(config, config.steps_per_epoch or num // config.batch_size)
-    copies = NamedSharding(mesh, sharding.COPY)
-    method = methods.make(**config.method.to_dict())
-    distance = jax.jit(method.distance, out_shardings=copies)
+    distance = make_distance(config)
     found = Evaluation({}, {})
     if dataset.query is not None:
       batch_size = config.evaluate_batch_size
