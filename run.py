@@ -68,7 +68,7 @@ flags.DEFINE_bool("rerank", None, "search: by k-reciprocal re-ranking.")
 flags.DEFINE_bool(
   "approximate", None, "search: by an index, in large galleries."
 )
-flags.DEFINE_float("far", None, "verify: the false accept rate.", 0, 1)
+flags.DEFINE_float("far", None, "search, verify: false accept rate.", 0, 1)
 flags.DEFINE_string("cache_dir", None, "Where features are kept.")
 _NUM_IMAGES = flags.DEFINE_integer(
   "num_images", 0, "plan: train images; as in the published set.", lower_bound=0
@@ -81,6 +81,15 @@ _PROFILE = flags.DEFINE_integer(
 )
 
 
+# What is for some modes only: the others refuse it.
+_OPTIONS = {
+  "train": {"profile"},
+  "plan": {"num_images", "device_memory"},
+  "evaluate": {"checkpoint"},
+  "report": set(),
+}
+
+
 def main(argv: list[str]) -> None:
   from unreid_jax import scoring, train  # not earlier: it takes seconds
   from unreid_jax.hosts import peers
@@ -90,27 +99,24 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     _keep_compiled()
-    if _MODE.value in ("encode", "search", "verify", "export"):
+    if _MODE.value not in _OPTIONS:
       if launch.PLACE in os.environ:
         raise UserError(
           f"--mode={_MODE.value} is for one process: add --distributed=off, "
           "and leave --launch out"
         )
       return _use_encoder(_MODE.value)
+    _check_options(_OPTIONS[_MODE.value])
     if _MODE.value == "plan":
       return _plan(_config())
     peers.join()
     workdir = _WORKDIR.value
-    knows_its_config = _MODE.value == "report" and workdir
+    knows_its_config = _MODE.value in ("report", "evaluate") and workdir
     config = None if knows_its_config and not _CONFIG.value else _config()
-    workdir = workdir or f"runs/{config.method.name}_{config.dataset.name}"
+    if not workdir and not _CHECKPOINT.value:
+      workdir = f"runs/{config.method.name}_{config.dataset.name}"
     if _MODE.value == "evaluate":
       scoring.score(config, workdir, _CHECKPOINT.value or "")
-    elif _CHECKPOINT.value:
-      raise UserError(
-        f"--checkpoint is not for --mode={_MODE.value}: train from weights "
-        "with --config.encoder.pretrained=FILE"
-      )
     elif _MODE.value == "report":
       from unreid_jax.report import from_workdir  # it takes a second, too
 
@@ -141,6 +147,18 @@ def main(argv: list[str]) -> None:
     )
 
 
+def _check_options(known):
+  """Refuses an option that the mode would silently ignore."""
+  own = flags.FLAGS.find_module_defining_flag("mode")
+  given = (x for x in flags.FLAGS.get_flags_for_module(own) if x.present)
+  always = {"config", "workdir", "mode"}
+  for name in [x.name for x in given if x.name not in known | always]:
+    line = f"--{name} is not for --mode={_MODE.value}"
+    if (name, _MODE.value) == ("checkpoint", "train"):
+      line += ": train from weights with --config.encoder.pretrained=FILE"
+    raise UserError(f"{line}; see --help" if ":" not in line else line)
+
+
 def _use_encoder(mode):
   """Runs a mode of `commands`; its arguments are the options it takes.
 
@@ -151,6 +169,7 @@ def _use_encoder(mode):
 
   run = getattr(commands, mode)
   takes = inspect.signature(run).parameters
+  _check_options(set(takes))
   options = flags.FLAGS.flag_values_dict()
   given = {k: options[k] for k in takes if options.get(k) not in (None, "", [])}
   for name in takes:

@@ -65,10 +65,9 @@ def get_config(arguments: str = "synthetic,small"):
 
   "DATASET,clip" and "DATASET,vit_s" are those with a vision transformer.
   """
-  rest, _, recipe = arguments.rpartition(",")
-  if rest and recipe in _RECIPES:
-    return _transformer(rest, recipe)
-  dataset, size = default.parse(arguments)
+  dataset, size = default.parse(arguments, *_RECIPES)
+  if size in _RECIPES:
+    return _transformer(dataset, size)
   config = default.get_config("cluster_contrast", dataset)
   config.encoder.pooling = "gem"
   if size == "lite":

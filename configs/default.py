@@ -10,15 +10,18 @@ from ml_collections import ConfigDict
 from unreid_jax import UserError, methods, values
 
 
-def parse(arguments: str) -> tuple[str, str]:
+def parse(arguments: str, *recipes: str) -> tuple[str, str]:
   """The data set in "DATASET" or "DATASET,SIZE", and the size.
 
   Sizes are "small", which is also synthetic's own, "lite", and "": published.
+  A config may have recipes besides.
   """
   dataset, _, size = arguments.partition(",")
-  if size not in ("", "small", "lite"):
+  sizes = "small", "lite", *recipes
+  if size not in ("", *sizes):
+    forms = "".join(f", DATASET,{x}" for x in sizes[:-1])
     raise UserError(
-      f'no config "{arguments}": write DATASET, DATASET,small or DATASET,lite'
+      f'no config "{arguments}": write DATASET{forms} or DATASET,{sizes[-1]}'
     )
   return dataset, size or ("small" if dataset == "synthetic" else "")
 

@@ -45,6 +45,11 @@ def run_command(arguments, log):
       'error: no config "synthetic,large": write DATASET, DATASET,small or',
     ),
     (
+      ["--config=configs/cluster_contrast.py:market1501,clipp"],
+      'error: no config "market1501,clipp": write DATASET, DATASET,small, '
+      "DATASET,lite, DATASET,clip or DATASET,vit_s",
+    ),
+    (
       ["--config=configs/hngn.py:synthetic,small,default"],
       'error: no config "synthetic,small,default": write DATASET, DATASET,',
     ),
@@ -118,6 +123,11 @@ def run_command(arguments, log):
     (["--mode=evaluate", "--checkpoint=/none"], "error: /none holds no check"),
     (["--mode=evaluate", "--checkpoint=run.py"], "error: run.py: it is a text"),
     (["--checkpoint=x.pth"], "error: --checkpoint is not for --mode=train: "),
+    (["--query=x.png"], "error: --query is not for --mode=train; see --help"),
+    (
+      ["--mode=export", "--checkpoint=.", "--output=x.onnx", "--top=3"],
+      "error: --top is not for --mode=export; see --help",
+    ),
     (["--mode=export"], "error: "),
     (["--mode=report"], "error: "),
     (["train"], "error: what is 'train'?"),

@@ -60,13 +60,15 @@ def search(
   output: Sequence[str] = (),
   cache_dir: str = "",
   approximate: bool = False,
+  far: float = 1e-3,
   card: Card | None = None,
 ) -> None:
   """Shows the images of a gallery that are nearest to a query, or to each.
 
   The features of the gallery are kept, and brought up to date. An output is a
   .json or an .html. Only if it is approximate, some of the nearest may be
-  missed.
+  missed. Which of them show the query's person is said at a false accept rate,
+  a strict one by default, as a gallery holds many other people.
   """
   if rerank and approximate:
     raise UserError("--rerank compares all images: leave out --approximate")
@@ -88,12 +90,17 @@ def search(
   results = [
     {
       "query": str(path),
-      "hits": list(_hits(images, rows, similarity, threshold)),
+      "hits": list(_hits(images, rows, similarity, threshold, far)),
     }
     for path, rows, similarity in zip(paths, *hits, strict=True)
   ]
   for result in results:
     _show(result)
+  if threshold:
+    source = threshold["source"]
+    print(f'"same" holds for {100 * far:g} % of other people ({source})')
+  if rerank:
+    print("ranked anew by their neighbours: similarities need not fall")
   for path in outputs:
     with whole_file(path, "--output") as file:
       is_page = path.suffix == ".html"
@@ -134,12 +141,12 @@ def export(
       write_encoder(encoder, path, format, dtype)
 
 
-def _hits(images, rows, similarity, card) -> Iterator[dict]:
+def _hits(images, rows, similarity, card, far) -> Iterator[dict]:
   """The images found, and if the encoder has a threshold, what it says."""
   for row, cosine in zip(rows, similarity.tolist(), strict=True):
     hit = {"image": str(images.path(row)), "similarity": round(cosine, 5)}
     if card:
-      answer = decide(np.array([2 - 2 * cosine]), card)
+      answer = decide(np.array([2 - 2 * cosine]), card, far)
       hit["same_person"] = bool(answer.same[0])
       hit["false_accept_rate"] = round(float(answer.far[0]), 6)
     yield hit

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -10,8 +11,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from unreid_jax import data, encode, methods, sharding
-from unreid_jax.config import check, facts, resolve
+from unreid_jax import UserError, data, encode, methods, sharding
+from unreid_jax.config import check, facts, from_json, resolve
 from unreid_jax.evaluate import (
   Evaluation,
   by_labels,
@@ -26,15 +27,15 @@ from unreid_jax.workdir.checkpoints import find
 from unreid_jax.workdir.writer import Writer
 
 
-def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
+def score(config: ConfigDict | None, path: str, checkpoint: str = "") -> None:
   """Scores a workdir's last and best checkpoint and trains nothing.
 
   The encoders are the checkpoints'; the config says which data set they are
   scored on, and by which method's distance. The train images are not read.
 
   Args:
-    config: the config.
-    path: the workdir, to whose log is written.
+    config: None: the run's own.
+    path: the workdir, to whose log is written; "": there is none.
     checkpoint: what is scored instead: another checkpoint, or a file of
       PyTorch weights, whose encoder is the config's; see `load_encoder`.
 
@@ -42,11 +43,14 @@ def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
     UserError: bad input, or there is no checkpoint.
   """
   with contextlib.ExitStack() as stack:
+    config = config or from_json(Workdir(path).stored_config())
     peers.agree(facts(config))
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(Preemption())
     check(config, mesh.size)
+    keeps = bool(path)
+    path = path or stack.enter_context(tempfile.TemporaryDirectory())
     workdir = Workdir(path)
     saved = filter(None, map(workdir.newest, ("last", "best")))
     saved = [checkpoint] if checkpoint else list(saved) or [find(path)]
@@ -59,6 +63,11 @@ def score(config: ConfigDict, path: str, checkpoint: str = "") -> None:
         continue
       encoder = encode.load_encoder(found, make_card(config))
       dataset = dataset or load_test_set(config, encoder)
+      if dataset.query is None and not keeps:
+        raise UserError(
+          "the data set has no queries: --mode=encode writes the features of a "
+          "folder, or set --workdir to where they are to be written"
+        )
       batch_size = config.evaluate_batch_size
       result = report_scores(
         encoder, distance, dataset, None, name, batch_size, writer
