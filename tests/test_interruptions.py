@@ -203,6 +203,34 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob("*tmp*"))
 
 
+def test_a_checkpoint_that_fails_in_the_background(tmp_path, monkeypatch):
+  """It is said at the next chance, and the earlier one stays."""
+  save = functools.partial(checkpoints.Checkpoints.save, card={"height": 1})
+  saved = checkpoints.Checkpoints(Workdir(tmp_path))
+  save(saved, "last", 4, state=State(8))
+  saved.wait()
+  whole = saved._managers["last"].wait_until_finished
+
+  def break_down():
+    whole()
+    shutil.rmtree(tmp_path / "checkpoints/last/8")
+    monkeypatch.undo()
+    raise ValueError("UNAVAILABLE: the file system is gone")
+
+  save(saved, "last", 8, state=State(8))
+  monkeypatch.setattr(
+    saved._managers["last"], "wait_until_finished", break_down
+  )
+  line = (
+    r"last: step 8 cannot be saved \(UNAVAILABLE: the file system is gone\)"
+  )
+  with pytest.raises(UserError, match=line):
+    save(saved, "best", 8, state=State(8))
+  saved.__exit__()
+  assert Workdir(tmp_path).newest("last").name == "4"
+  assert not Workdir(tmp_path).newest("best")
+
+
 class State:
   """As a `TrainState` of one array."""
 

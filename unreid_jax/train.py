@@ -190,6 +190,7 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
     if stop and step < end:
       if checkpoints.latest("last") != step:
         checkpoints.save("last", step, card, state)
+        checkpoints.wait()
       raise Interrupted(f"stopped after step {step} of {end}, which is saved")
     writer.table(writer.history("evaluate"))
 

@@ -30,7 +30,8 @@ class Checkpoints:
   Each is a folder with three items: `encoder`, the parameters and the running
   statistics; `card`, what builds the encoder; `training`, all else. It counts
   once it is whole: what a killed run left half-written is ignored. It can be
-  restored on another number of devices.
+  restored on another number of devices. They are written in the background, one
+  after the other: a "last" one is never there before the "best" of its step.
   """
 
   def __init__(self, workdir: Workdir):
@@ -38,10 +39,9 @@ class Checkpoints:
       max_to_keep=num,
       create=True,
       cleanup_tmp_directories=True,
-      enable_async_checkpointing=False,
     )
     logging.getLogger("absl").addFilter(_is_news)
-    self._workdir = workdir
+    self._workdir, self._pending = workdir, None
     self._managers = {
       which: ocp.CheckpointManager(
         workdir.checkpoints(which).resolve(), options=options(num)
@@ -53,29 +53,55 @@ class Checkpoints:
     return self
 
   def __exit__(self, *error) -> None:
+    self.wait()
     for manager in self._managers.values():
       manager.close()
 
   def save(self, which: str, step: int, card: dict, state: Any) -> None:
-    """Saves a `TrainState` as the "last" or the "best" one.
+    """Begins to save a `TrainState` as the "last" or the "best" one.
+
+    The state may change, or be given away, once this has returned.
 
     Raises:
-      UserError: it cannot be written; the earlier ones stay.
+      UserError: it cannot be written, or the one before it could not be; the
+        earlier ones stay.
     """
+    self.wait()
     args = ocp.args.Composite(
       card=ocp.args.JsonSave(card),
       encoder=ocp.args.StandardSave(state.variables),
       training=ocp.args.StandardSave(state.training),
     )
-    folder = self._workdir.checkpoints(which)
     size = sum(x.nbytes for x in jax.tree.leaves(vars(state)))
-    try:
-      if shutil.disk_usage(folder).free < size:  # Orbax would leave a mess
+    self._pending = which, step, size
+    with self._writing():
+      free = shutil.disk_usage(self._workdir.checkpoints(which)).free
+      if free < size:  # Orbax would leave a mess
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       self._managers[which].save(step, args=args, force=True)
+
+  def wait(self) -> None:
+    """Waits until what is being saved is saved.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if self._pending:
+      with self._writing():
+        self._managers[self._pending[0]].wait_until_finished()
+    self._pending = None
+
+  @contextlib.contextmanager
+  def _writing(self):
+    """Within it, what cannot be written is a UserError, and leaves nothing."""
+    which, step, size = self._pending
+    try:
+      yield
     except Exception as error:  # of Orbax, TensorStore or the system
+      self._pending = None
       with contextlib.suppress(Exception):
         self._managers[which].wait_until_finished()
+      folder = self._workdir.checkpoints(which)
       for part in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
       raise UserError(
@@ -86,6 +112,7 @@ class Checkpoints:
 
   def latest(self, which: str) -> int | None:
     """The step of the newest checkpoint of a kind."""
+    self.wait()
     return self._managers[which].latest_step()
 
   def keep(self, which: str, steps: range) -> None:
@@ -93,6 +120,7 @@ class Checkpoints:
 
     A killed run has left later ones, and an ended one needs its last alone.
     """
+    self.wait()
     for step in self._managers[which].all_steps():
       if step not in steps:
         self._managers[which].delete(step)
