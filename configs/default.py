@@ -51,6 +51,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
       "log_every": "10 steps",  # a line in metrics.jsonl
       "report": True,  # report.html at each evaluation; it shows people
       "steps_per_epoch": 0,  # 0: train images / batch_size
+      "ema": 0.0,  # decay of the average of weights that is evaluated; 0: none
       "sampler": {
         "num_instances": 0,  # of a cluster in a batch; 0: shuffled images
         "other_camera": True,  # than the first instance's, where there are any

@@ -235,7 +235,7 @@ class State:
   """As a `TrainState` of one array."""
 
   def __init__(self, size):
-    self.variables = {"x": np.zeros(size)}
+    self.encoder = {"x": np.zeros(size)}
     self.training = {"y": np.ones(size)}
 
 

@@ -1,6 +1,7 @@
 """The loop: any number of devices, one compile, and after any interruption."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -149,7 +150,10 @@ def tiny_features(num):
   return {name: unit(x) for name, x in raw.items()}
 
 
-EXACT = {"encoder.dtype": "float64", "optim.name": "sgd", "optim.lr": 1e-3}
+EXACT = {
+  "encoder.dtype": "float64", "optim.name": "sgd", "optim.lr": 1e-3,
+  "ema": 0.75,
+}  # fmt: skip
 
 
 def test_one_device_equals_eight(dataset, float64):
@@ -162,6 +166,15 @@ def test_one_device_equals_eight(dataset, float64):
   one, eight = (Rig(dataset.train, n, **EXACT).run(3)[1] for n in (1, 8))
   for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
     assert np.linalg.norm(a - b) <= 1e-9 * max(np.linalg.norm(a), 0.1)
+  states = [state for _, state in one[:-1]]
+  assert states[-1].encoder is states[-1].average
+  mix = lambda old, new: 0.75 * old + 0.25 * new
+  for before, after in itertools.pairwise(states):
+    expected = jax.tree.map(mix, before.average, after.variables)
+    for a, b in zip(
+      *map(jax.tree.leaves, (after.average, expected)), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 def test_the_bank_is_never_gathered(collective_sizes):
@@ -265,7 +278,10 @@ def generator_config(**changes):
 @pytest.mark.parametrize(
   "config, stops",
   [
-    (cluster_config("hhcl", **{"method.memory": "instances"}), (3, 6)),
+    (
+      cluster_config("hhcl", **{"method.memory": "instances", "ema": 0.5}),
+      (3, 6),
+    ),
     (generator_config(), (1, 4)),
     (generator_config(alternate="epoch", generator_steps="1 epoch"), (4,)),
   ],

@@ -19,7 +19,14 @@ from ml_collections import ConfigDict
 from unreid_jax import UserError, data, memory, methods, models, optim, values
 from unreid_jax.data import augment, sampler
 from unreid_jax.models import pretrained
-from unreid_jax.values import Count, CountOrZero, Duration, Free, Range
+from unreid_jax.values import (
+  BelowOne,
+  Count,
+  CountOrZero,
+  Duration,
+  Free,
+  Range,
+)
 
 
 class Run(TypedDict):
@@ -36,6 +43,7 @@ class Run(TypedDict):
   log_every: Free[Duration]
   report: Free[bool]
   steps_per_epoch: CountOrZero
+  ema: BelowOne
 
 
 def kinds() -> dict[str, Any]:

@@ -96,7 +96,9 @@ def device_needs(state: TrainState, config: ConfigDict) -> dict[str, int]:
   pixels = config.dataset.height * config.dataset.width * 3
   own = config.batch_size // jax.sharding.get_mesh().size
   return {
-    "parameters and running statistics": _bytes(state.variables, own=True),
+    "parameters and running statistics": _bytes(
+      (state.variables, state.average), own=True
+    ),
     "optimizer": _bytes(state.opt_state, own=True),
     "banks and labels": _bytes((state.method, state.labels), own=True),
     "images of a batch, and of two ahead": 3 * own * pixels,

@@ -26,7 +26,8 @@ class TrainState:
   """Everything that a run changes: arrays, and nothing else.
 
   `labels` are the pseudo labels of all train images; `sums` are the figures of
-  the epoch's steps so far, added up.
+  the epoch's steps so far, added up; `average` is that of the variables over
+  the steps, or None (`config.ema`).
   """
 
   step: Int[Array, ""]
@@ -36,16 +37,28 @@ class TrainState:
   method: Any
   labels: Int[Array, " n"]
   sums: dict[str, Float[Array, ""]]
+  average: Any = None
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What the encoder is applied to; the first part of a checkpoint."""
+    """What is trained: the encoder's parameters and running statistics."""
     return {"params": self.params, "batch_stats": self.batch_stats}
 
   @property
+  def encoder(self) -> dict[str, Any]:
+    """What is evaluated: their average, or they; a checkpoint's first part."""
+    return self.average or self.variables
+
+  @property
   def training(self) -> dict[str, Any]:
-    """Everything but the encoder; the second part of a checkpoint."""
-    return {k: v for k, v in vars(self).items() if k not in self.variables}
+    """Everything else; the second part of a checkpoint."""
+    first = {"average"} if self.average else {"average", *self.variables}
+    return {k: v for k, v in vars(self).items() if k not in first}
+
+  def restored(self, encoder: Any, training: Any) -> "TrainState":
+    """A state from the two parts of a checkpoint."""
+    first = {"average": encoder} if self.average else encoder
+    return self.replace(**first, **training)
 
 
 class Parts(NamedTuple):
@@ -64,7 +77,7 @@ class Parts(NamedTuple):
 
   def encoder(self, state: TrainState) -> encode.Encoder:
     """The encoder as the state has it."""
-    return encode.Encoder(self.card, state.variables, self.apply, self.mesh)
+    return encode.Encoder(self.card, state.encoder, self.apply, self.mesh)
 
 
 def make_card(config: ConfigDict) -> encode.Card:
@@ -168,6 +181,7 @@ def _with_zeros(parts, num_images, variables, method, like) -> TrainState:
     method=method,
     labels=jnp.full(num_images, -1, jnp.int32),
     sums=_no_figures(parts.method, method, like, size),
+    average=jax.tree.map(jnp.copy, variables) if parts.config.ema else None,
     **variables,
   )
 

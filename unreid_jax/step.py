@@ -65,6 +65,10 @@ def make_train_step(parts: Parts) -> Callable:
         k: jnp.where(goes_on, state.sums[k], 0) + figures[k] for k in figures
       },
     )
+    if config.ema:
+      mix = lambda old, new: config.ema * old + (1 - config.ema) * new
+      average = jax.tree.map(mix, state.average, new_state.variables)
+      new_state = new_state.replace(average=average)
     norms = {
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(params),

@@ -69,7 +69,7 @@ class Checkpoints:
     self.wait()
     args = ocp.args.Composite(
       card=ocp.args.JsonSave(card),
-      encoder=ocp.args.StandardSave(state.variables),
+      encoder=ocp.args.StandardSave(state.encoder),
       training=ocp.args.StandardSave(state.training),
     )
     size = sum(x.nbytes for x in jax.tree.leaves(vars(state)))
@@ -128,13 +128,13 @@ class Checkpoints:
   def restore(self, which: str, like: Any) -> Any:
     """The `TrainState`, with the shapes and shardings of another one."""
     args = ocp.args.Composite(
-      encoder=ocp.args.StandardRestore(_abstract(like.variables)),
+      encoder=ocp.args.StandardRestore(_abstract(like.encoder)),
       training=ocp.args.StandardRestore(_abstract(like.training)),
     )
     newest = self._workdir.newest(which)
     with _whole(newest):
       found = self._managers[which].restore(int(newest.name), args=args)
-    return like.replace(**found["encoder"], **found["training"])
+    return like.restored(found["encoder"], found["training"])
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
