@@ -25,7 +25,9 @@ def get_config(arguments: str = "synthetic,small", method: str = "spcl"):
   dataset, size = default.parse(arguments)
   config = default.get_config(method, dataset)
   if size == "lite":
-    return default.lite_clusters(config, recluster="features")
+    # Most images are outliers at first: as classes they would be torn apart.
+    fresh = {"recluster": "features", "outliers": "none"}
+    return default.lite_clusters(config, **fresh)
   if size == "small":
     # The memory's clusters are worse here than those of fresh features.
     fresh = default.SMALL_CLUSTERING | {"recluster": "features"}
