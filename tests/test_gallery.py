@@ -230,7 +230,10 @@ def test_modes(folder, monkeypatch, capsys):
   printed = capsys.readouterr().out.splitlines()
   assert printed[0] == str(query) and printed[1].endswith(f"same   {query}")
   assert (out / "hits.html").read_text().count("<img ") == 5
-  commands.search(".", str(folder), str(folder), 1, True, page[:1], cache)
+  monkeypatch.setattr(commands, "_ON_A_PAGE", 3)
+  commands.search(".", str(folder), str(folder), 1, True, page, cache)
+  assert (out / "hits.html").read_text().count("<img ") == 6
+  assert "shows the first 3 of 11 queries" in capsys.readouterr().err
   results = json.loads((out / "hits.json").read_text())
   assert [x["query"] for x in results] == [str(path) for path in paths]
 

@@ -29,6 +29,8 @@ from unreid_jax.verification import decide
 from unreid_jax.workdir import whole_file
 from unreid_jax.workdir.writer import sent_to
 
+_ON_A_PAGE = 100  # queries, with their pictures
+
 
 def encode(
   checkpoint: str,
@@ -104,8 +106,11 @@ def search(
   for path in outputs:
     with whole_file(path, "--output") as file:
       is_page = path.suffix == ".html"
-      text = _page(results) if is_page else json.dumps(results, indent=1)
+      shown = results[:_ON_A_PAGE] if is_page else results
+      text = _page(shown) if is_page else json.dumps(shown, indent=1)
       file.write(text.encode())
+    if len(shown) < len(results):
+      _say(f"{path} shows the first {len(shown)} of {len(results)} queries")
 
 
 def verify(
