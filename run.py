@@ -17,12 +17,18 @@ if __name__ == "__main__":
 
 import inspect
 import pathlib
-import re
-import traceback
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from unreid_jax.command_line import (
+  become_parent,
+  check_options,
+  config_file,
+  fail,
+  load_config,
+  parse,
+)
 from unreid_jax.hosts import launch
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -106,13 +112,13 @@ def main(argv: list[str]) -> None:
           "and leave --launch out"
         )
       return _use_encoder(_MODE.value)
-    _check_options(_OPTIONS[_MODE.value])
+    check_options(_MODE.value, _OPTIONS[_MODE.value])
     if _MODE.value == "plan":
-      return _plan(_config())
+      return _plan(load_config())
     peers.join()
     workdir = _WORKDIR.value
     knows_its_config = _MODE.value in ("report", "evaluate") and workdir
-    config = None if knows_its_config and not _CONFIG.value else _config()
+    config = None if knows_its_config and not _CONFIG.value else load_config()
     if not workdir and not _CHECKPOINT.value:
       workdir = f"runs/{config.method.name}_{config.dataset.name}"
     if _MODE.value == "evaluate":
@@ -124,11 +130,11 @@ def main(argv: list[str]) -> None:
     else:
       train.train(config, workdir, _PROFILE.value)
   except UserError as error:
-    _fail(error)
+    fail(error)
   except OSError as error:
     if not error.filename:
       raise
-    _fail(f"{error.filename}: {error.strerror}")
+    fail(f"{error.filename}: {error.strerror}")
   except preemption.Interrupted as stopped:
     print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
     peers.leave()
@@ -141,22 +147,10 @@ def main(argv: list[str]) -> None:
     if not is_full and "RESOURCE_EXHAUSTED" not in str(error):
       peers.end(f"{type(error).__name__}: {error}")
       raise
-    _fail(
+    fail(
       f"out of memory ({str(error).partition(chr(10))[0][:150]}): lower "
       "batch_size, evaluate_batch_size, or the size of images or encoder"
     )
-
-
-def _check_options(known):
-  """Refuses an option that the mode would silently ignore."""
-  own = flags.FLAGS.find_module_defining_flag("mode")
-  given = (x for x in flags.FLAGS.get_flags_for_module(own) if x.present)
-  always = {"config", "workdir", "mode"}
-  for name in [x.name for x in given if x.name not in known | always]:
-    line = f"--{name} is not for --mode={_MODE.value}"
-    if (name, _MODE.value) == ("checkpoint", "train"):
-      line += ": train from weights with --config.encoder.pretrained=FILE"
-    raise UserError(f"{line}; see --help" if ":" not in line else line)
 
 
 def _use_encoder(mode):
@@ -169,14 +163,14 @@ def _use_encoder(mode):
 
   run = getattr(commands, mode)
   takes = inspect.signature(run).parameters
-  _check_options(set(takes))
+  check_options(mode, set(takes))
   options = flags.FLAGS.flag_values_dict()
   given = {k: options[k] for k in takes if options.get(k) not in (None, "", [])}
   for name in takes:
     if name not in given and takes[name].default is inspect.Parameter.empty:
       raise UserError(f"--mode={mode} needs --{name}")
-  if _config_file(sys.argv):
-    given["card"] = make_card(_config())
+  if config_file(sys.argv):
+    given["card"] = make_card(load_config())
   run(**given)
 
 
@@ -212,101 +206,6 @@ def _keep_compiled():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _config():
-  """The config, or in one line why there is none."""
-  from unreid_jax.config import kinds
-
-  path = _config_file(sys.argv)
-  if not path:
-    raise UserError("say what to run: --config=configs/selective.py")
-  if not pathlib.Path(path).is_file():
-    raise UserError(_in_config(None))
-  config = _CONFIG.value
-  if not isinstance(config, ConfigDict):
-    raise UserError(f"{path}: get_config() returns no ConfigDict")
-  try:
-    given = config.to_dict()  # what went wrong in the file is raised here
-  except UserError:
-    raise
-  except Exception as error:
-    raise UserError(_in_config(error)) from None
-  missing = [key for key in kinds() if key not in given]
-  if missing:
-    raise UserError(f"{path}: no {missing[0]}: begin with configs/default.py")
-  return config
-
-
-def _config_file(argv):
-  """The path in --config=PATH:ARGUMENT."""
-  given = re.findall(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.M)
-  return given[-1] if given else None
-
-
-def _parse(argv):
-  """absl's parsing, with each mistake answered in one line."""
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, UserError) as error:
-    # In the middle of a traceback, which has become a line by now.
-    text = str(error).strip().rpartition("unreid_jax.UserError: ")[2]
-    text = text.splitlines()[-1].rstrip("?")
-  except (AttributeError, KeyError) as error:
-    text = _unknown_key(str(error), argv) or _in_config(error)
-  except BrokenPipeError:  # --help, and nobody reads on
-    os._exit(0)
-  except Exception as error:
-    text = _in_config(error)
-  _fail(text)
-
-
-def _unknown_key(reason, argv):
-  """A line about the override of a key that there is not, if it is one."""
-  hint = re.search(r'Did you mean "(.*)" instead of "(.*)"', reason)
-  name = re.search(r'lookup: ([\w.]+)|instead of "(\w+)|^"\'(\w+)\'"$', reason)
-  name = name and name[name.lastindex]
-  for override in re.findall(r"--?config\.([\w.]+)", "\n".join(argv)):
-    if name in (override, *override.split(".")):
-      meant = f'; did you mean "{hint[1]}"?' if hint else ""
-      return f'the config has no key "{override}"{meant}'
-  return None
-
-
-def _in_config(error):
-  """A line that says where in a config file something went wrong."""
-  file, line, text = _config_file(sys.argv), None, str(error)
-  if not pathlib.Path(file).is_file():
-    return f"--config={file}: no such file"
-  for place in traceback.extract_tb(error.__traceback__):
-    if pathlib.Path(place.filename).resolve() == pathlib.Path(file).resolve():
-      line = place.lineno
-  if isinstance(error, SyntaxError):
-    file, line, text = error.filename, error.lineno, error.msg
-  place = f"{file}, line {line}" if line else file
-  return f"{place}: {type(error).__name__}: {text}"
-
-
-def _fail(line):
-  print(f"error: {line}", file=sys.stderr, flush=True)
-  if launch.PLACE in os.environ:
-    from unreid_jax.hosts import peers
-
-    peers.end(line)
-    os._exit(2)  # JAX's exit would wait for the others
-  sys.exit(2)
-
-
-def _launch():
-  """Becomes the parent of the processes of this machine, if there are any."""
-  try:
-    status = launch.launch(sys.argv)
-  except UserError as error:
-    _fail(error)
-  except flags.Error:
-    return  # `_parse` says it better
-  if status is not None:
-    os._exit(status)
-
-
 if __name__ == "__main__":
-  _launch()
-  app.run(main, flags_parser=_parse)
+  become_parent()
+  app.run(main, flags_parser=parse)

@@ -11,5 +11,5 @@ from unreid_jax.models.backbones import resnet
 if __name__ == "__main__":
   resnet._DEPTHS[18] = ((1, 1), False)
   run.preemption.exit_on_signals()
-  run._launch()
-  run.app.run(run.main, flags_parser=run._parse)
+  run.become_parent()
+  run.app.run(run.main, flags_parser=run.parse)

@@ -20,8 +20,8 @@ def run_command(arguments, log):
   import run
 
   run.preemption.exit_on_signals()
-  run._launch()
-  run.app.run(run.main, flags_parser=run._parse)
+  run.become_parent()
+  run.app.run(run.main, flags_parser=run.parse)
 
 
 @pytest.mark.parametrize(
