@@ -165,6 +165,7 @@ def _use_encoder(mode):
   takes = inspect.signature(run).parameters
   check_options(mode, set(takes))
   options = flags.FLAGS.flag_values_dict()
+  options["checkpoint"] = options["checkpoint"] or options["workdir"]
   given = {k: options[k] for k in takes if options.get(k) not in (None, "", [])}
   for name in takes:
     if name not in given and takes[name].default is inspect.Parameter.empty:

@@ -20,6 +20,7 @@ from unreid_jax import (
   ranking,
   scoring,
   sharding,
+  verification,
 )
 from unreid_jax.data import Dataset
 from unreid_jax.state import make_card
@@ -57,7 +58,7 @@ def test_an_exported_encoder_opens_alone(encoders, tmp_path, name, format):
     with pytest.raises(UserError, match=r"_lite0: set --format=torch$"):
       export.export(encoder, str(path), format)
     return
-  export.export(encoder, str(path), format)
+  encoder.export(path, format)
   again = load_encoder(path)
   plain = encoder.card | {k: list(encoder.card[k]) for k in ("mean", "std")}
   assert again.card == plain
@@ -97,7 +98,9 @@ def test_mistakes(encoders, tmp_path):
     export.export(encoder, str(path), "onn")
   with pytest.raises(UserError, match="where to write to: --output=FILE"):
     export.export(encoder, "", "torch")
-  with pytest.raises(UserError, match=r"no/x\S+ cannot be .*another --output"):
+  with pytest.raises(
+    UserError, match=r"no/x\S+: there is no such folder, make"
+  ):
     export.export(encoder, str(tmp_path / "no" / "x.safetensors"), "torch")
   for format, ending in (
     ("torch", "safetensors"),
@@ -191,11 +194,14 @@ def test_an_exported_program_gives_the_features(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)
-    found = session.run(None, {"images": images})
-  for a, b in zip(*map(jax.tree.leaves, (encoder(images), found)), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    (found,) = session.run(None, {"images": images})
+  features = encode.flat(encoder(images))
+  np.testing.assert_allclose(found, features, atol=1e-5)
+  gap = np.square(features[0] - features[1]).sum()
+  np.testing.assert_allclose(2 - 2 * found[0] @ found[1], gap, atol=1e-5)
   card = json.loads((tmp_path / f"encoder.{format}.json").read_text())
   assert card["height"] == 32 and "[any number, 32, 16, 3]" in card["input"]
+  assert "not known" in card["same_person"]
   swapped = dataclasses.replace(
     encoder, apply=lambda v, x: encoder.apply(v, x[..., ::-1])
   )
@@ -239,6 +245,21 @@ def test_dtypes_that_a_format_has_not(encoders, tmp_path, format, dtype, line):
   with pytest.raises(UserError, match=line):
     export.export(encoders["neck"], str(path), format, dtype)
   assert not path.exists()
+
+
+def test_thresholds_of_a_model_card():
+  """A squared distance d is a cosine of 1 - d / 2."""
+  card = {"source": "ten pairs", "threshold": 0.5}
+  card["different"] = [2 * rate for rate in verification.RATES]
+  assert export._thresholds(card) == {
+    "measured_on": "ten pairs",
+    "cosine_at_equal_error_rate": 0.75,
+    "cosine_at_false_accept_rate": {
+      "0.01": 0.99,
+      "0.001": 0.999,
+      "0.0001": 0.9999,
+    },
+  }
 
 
 def test_onnx_without_its_package(runnable, tmp_path, monkeypatch):

@@ -245,7 +245,7 @@ def test_modes(folder, monkeypatch, capsys):
   for pair in ((folder, query), (query, folder)):
     with pytest.raises(UserError, match=f"={folder} is a folder: name one"):
       commands.verify(".", *map(str, pair))
-  with pytest.raises(UserError, match=r"folder=.*none is no folder"):
+  with pytest.raises(UserError, match=r"--output=.*no such folder, make"):
     commands.encode(".", str(folder), [str(out / "none" / "x.npz")], cache)
 
 

@@ -9,6 +9,7 @@ from test_train import cluster_config, tiny_split, use
 
 from unreid_jax import UserError, encode, evaluate, load_encoder, train
 from unreid_jax.about import made_by
+from unreid_jax.config import from_json
 from unreid_jax.data import Dataset
 from unreid_jax.models.backbones import resnet
 from unreid_jax.report import charts, clusters, curves, from_workdir, ranks
@@ -129,9 +130,15 @@ def test_mode_report_writes_the_same_page(run, monkeypatch):
   path, text, dataset = run
   load(monkeypatch, dataset)
   (path / "report.html").unlink()
-  from_workdir.write(None, str(path))
-  plain = lambda text: re.sub(r"<tr>.*?</tr>", "", text, flags=re.S)
-  assert plain((path / "report.html").read_text()) == plain(text)
+  # Of another config the place of the data set counts, and nothing else.
+  moved = Workdir(path).stored_config()
+  moved["optim"]["lr"], moved["encoder"]["arch"] = 77.0, "resnet50"
+  for config in None, from_json(moved):
+    from_workdir.write(config, str(path))
+    plain = lambda text: re.sub(r"<tr>.*?</tr>", "", text, flags=re.S)
+    again = (path / "report.html").read_text()
+    assert plain(again) == plain(text)
+    assert "77.0" not in again and "resnet50" not in again
   fewer = dataset._replace(train=tiny_split(np.random.default_rng(1), 36))
   load(monkeypatch, fewer)
   with pytest.raises(UserError, match="trained on 40 images, and the data set"):

@@ -131,7 +131,7 @@ def run_command(arguments, log):
     (["--mode=export"], "error: "),
     (["--mode=report"], "error: "),
     (["train"], "error: what is 'train'?"),
-    (["--mode=search"], "error: --mode=search needs --checkpoint"),
+    (["--mode=search"], "error: --mode=search needs --query"),
     (
       ["--mode=encode", "--checkpoint=.", "--images=.", "--output=x.txt"],
       "error: --output=x.txt: end it in .parquet or .npz or .npy",

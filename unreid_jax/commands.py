@@ -16,7 +16,7 @@ import rich.progress
 
 from unreid_jax import UserError, progress, report
 from unreid_jax.data.images import decode
-from unreid_jax.encode import Card, flat, load_encoder
+from unreid_jax.encode import Card, Encoder, flat, load_encoder
 from unreid_jax.export import export as write_encoder
 from unreid_jax.feature_files import WRITERS
 from unreid_jax.gallery import Gallery, update
@@ -25,8 +25,8 @@ from unreid_jax.report.crops import Crop, Row, picture
 from unreid_jax.search import rank
 from unreid_jax.search import rerank as rank_anew
 from unreid_jax.values import expand
-from unreid_jax.verification import decide
-from unreid_jax.workdir import whole_file
+from unreid_jax.verification import RATES, decide
+from unreid_jax.workdir import Workdir, whole_file
 from unreid_jax.workdir.writer import sent_to
 
 _ON_A_PAGE = 100  # queries, with their pictures
@@ -45,7 +45,7 @@ def encode(
   interrupted, the same command goes on; memory does not grow with the features.
   """
   outputs = _outputs(output, WRITERS)
-  encoder = load_encoder(checkpoint, card)
+  encoder = _open(checkpoint, card)
   with _shown():
     found = _update(images, "--images", encoder, cache_dir)
   for path in outputs:
@@ -76,7 +76,7 @@ def search(
     raise UserError("--rerank compares all images: leave out --approximate")
   outputs = _outputs(output, (".json", ".html"))
   _folder(gallery, "--gallery")
-  encoder = load_encoder(checkpoint, card)
+  encoder = _open(checkpoint, card)
   with _shown():
     if pathlib.Path(query).is_dir():
       queries = _update(query, "--query", encoder, cache_dir)
@@ -99,15 +99,16 @@ def search(
   for result in results:
     _show(result)
   if threshold:
-    source = threshold["source"]
-    print(f'"same" holds for {100 * far:g} % of other people ({source})')
+    print(_meaning(threshold, far))
   if rerank:
     print("ranked anew by their neighbours: similarities need not fall")
   for path in outputs:
     with whole_file(path, "--output") as file:
       is_page = path.suffix == ".html"
       shown = results[:_ON_A_PAGE] if is_page else results
-      text = _page(shown) if is_page else json.dumps(shown, indent=1)
+      meaning = _meaning(threshold, far) if threshold else ""
+      page = _page(shown, meaning) if is_page else None
+      text = page or json.dumps(shown, indent=1)
       file.write(text.encode())
     if len(shown) < len(results):
       _say(f"{path} shows the first {len(shown)} of {len(results)} queries")
@@ -122,7 +123,7 @@ def verify(
 ) -> None:
   """Says whether two images show the same person, and how sure that is."""
   one, other = _image(query, "--query"), _image(gallery, "--gallery")
-  encoder = load_encoder(checkpoint, card)
+  encoder = _open(checkpoint, card)
   answer = encoder.same(one, other, far)
   same, distance, accepted, rejected = (x.item() for x in answer)
   source = encoder.threshold()["source"]
@@ -141,9 +142,17 @@ def export(
 ) -> None:
   """Writes the encoder for others; see `export`."""
   with sent_to(_say):
-    encoder = load_encoder(checkpoint, card)
+    encoder = _open(checkpoint, card)
     for path in output:
       write_encoder(encoder, path, format, dtype)
+
+
+def _open(checkpoint, card) -> Encoder:
+  """The encoder; of a workdir it is said which one."""
+  encoder, path = load_encoder(checkpoint, card), expand(checkpoint, "it")
+  if path.is_dir() and (last := Workdir(path).newest("last")):
+    _say(f"the encoder is {last}")
+  return encoder
 
 
 def _hits(images, rows, similarity, card, far) -> Iterator[dict]:
@@ -157,27 +166,39 @@ def _hits(images, rows, similarity, card, far) -> Iterator[dict]:
     yield hit
 
 
+def _meaning(card, far) -> str:
+  """What "same" means, and how much of what is the same it misses."""
+  limit = np.interp(far, RATES, card["different"])
+  missed = float(decide(np.array([limit]), card, far).frr[0])
+  return (
+    f'"same": as near as {100 * far:g} % of the pairs of different people, and '
+    f"{100 * (1 - missed):.2g} % of those of one person ({card['source']})"
+  )
+
+
 def _show(result):
   print(result["query"])
   for place, hit in enumerate(result["hits"], 1):
-    same = {True: "same", False: "other"}.get(hit.get("same_person"), "")
+    same = "same" if hit.get("same_person") else ""
     print(f"{place:>5}  {hit['similarity']:.3f}  {same:<5}  {hit['image']}")
 
 
-def _page(results) -> str:
+def _page(results, meaning) -> str:
   """The ranked lists with their pictures, which stand in the page."""
   rows = []
   for result in results:
     crops = [_crop(result["query"], "query", "")]
     for hit in result["hits"]:
       text = f"similarity {hit['similarity']:.3f}"
-      if "same_person" in hit:
-        text += ", same person" if hit["same_person"] else ", other person"
+      if hit.get("same_person"):
+        text += ", same"
       crops.append(_crop(hit["image"], "", text))
     rows.append(Row(result["query"], crops))
   part = report.Part("ranked", "The nearest images", rows={"": rows})
   title = f"Search for {len(rows)} image" + "s" * (len(rows) > 1)
-  return report.render("report.html", title=title, subtitle="", parts=[part])
+  return report.render(
+    "report.html", title=title, subtitle=meaning, parts=[part]
+  )
 
 
 def _crop(path, mark, text):
@@ -190,7 +211,7 @@ def _update(folder, option, encoder, cache_dir) -> Gallery:
   found = update(_folder(folder, option), encoder, cache_dir)
   if found.corrupt:
     _say(
-      f"{len(found.corrupt)} files that hold no image are left out; the first: "
+      f"left out: {len(found.corrupt)} file(s) without an image, such as "
       f"{found.folder / found.corrupt[0]}"
     )
   if not len(found):
@@ -216,7 +237,10 @@ def _outputs(paths, endings) -> list[pathlib.Path]:
   for path in paths:
     if path.suffix not in endings:
       raise UserError(f"--output={path}: end it in {' or '.join(endings)}")
-    _folder(path.parent, "--output's folder")
+    if not path.parent.is_dir():
+      raise UserError(
+        f"--output={path}: there is no such folder, make it first"
+      )
   return paths
 
 

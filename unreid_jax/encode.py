@@ -245,6 +245,14 @@ class Encoder:
       )
     return verification.decide(np.square(a - b).sum(axis=1), card, far)
 
+  def export(
+    self, path: str | os.PathLike, format: str, dtype: str = "float32"
+  ) -> None:
+    """Writes it for another framework; see `export.export`."""
+    from unreid_jax.export import export  # which needs this file
+
+    export(self, os.fspath(path), format, dtype)
+
   def threshold(self) -> dict[str, Any]:
     """What tells the same person from another one: a `Verification.card`.
 
@@ -298,18 +306,20 @@ def encode(
   return carry, jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
 
 
-def flat(features: PyTree) -> Float[np.ndarray, "n d"]:
+def flat(features: PyTree) -> Float[np.ndarray | jax.Array, "n d"]:
   """One unit vector an image, whose inner product is the cosine similarity.
 
   Of a dict of features each kind has the same weight: the inner product is the
   mean over the kinds of their cosine similarity, and within a kind over the
   stripes.
   """
+  kinds = features.values() if isinstance(features, dict) else [features]
+  xp = jnp if any(isinstance(x, jax.core.Tracer) for x in kinds) else np
   if not isinstance(features, dict):
-    return np.asarray(features)
-  kinds = [x.reshape(len(x), -1) for x in features.values()]
-  unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in kinds]
-  return np.concatenate(unit, axis=1) / np.sqrt(len(unit), dtype=np.float32)
+    return xp.asarray(features)
+  kinds = [x.reshape(x.shape[0], -1) for x in kinds]
+  unit = [x / xp.linalg.norm(x, axis=1, keepdims=True) for x in kinds]
+  return xp.concatenate(unit, axis=1) / xp.sqrt(xp.float32(len(unit)))
 
 
 class _Sized:

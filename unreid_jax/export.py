@@ -15,9 +15,10 @@ from flax import traverse_util
 
 from unreid_jax import UserError, models, values
 from unreid_jax.data import augment
-from unreid_jax.encode import CARD, Encoder
+from unreid_jax.encode import CARD, Encoder, flat
 from unreid_jax.models.backbones.resnet import PLACES, ResNet
 from unreid_jax.models.pretrained import torch_name
+from unreid_jax.verification import RATES
 from unreid_jax.workdir import whole_file
 
 # The longest difference of a feature, whose length is 1.
@@ -47,6 +48,8 @@ def export(
   if not path:
     raise UserError("say where to write to: --output=FILE")
   path, (ending, write) = values.expand(path, "--output"), FORMATS[format]
+  if not path.parent.is_dir():
+    raise UserError(f"--output={path}: there is no such folder, make it first")
   if path.suffix != ending:
     raise UserError(f"--output={path}: end it in {ending}, as {format} does")
   is_program = format in ("onnx", "stablehlo")
@@ -146,7 +149,7 @@ def stablehlo(encoder: Encoder, dtype: str = "float32") -> bytes:
 def onnx(encoder: Encoder, dtype: str = "float32") -> bytes:
   """A model for ONNX runtimes; "images" u8[b, h, w, 3] of any number come in.
 
-  The outputs are the features, by the name "features", or "global" and "local".
+  What comes out is "features", f32[b, d].
 
   Raises:
     UserError: jax2onnx is not installed, the features in onnxruntime are not
@@ -166,11 +169,8 @@ def onnx(encoder: Encoder, dtype: str = "float32") -> bytes:
 
   forward, images = _forward(encoder, "float32")
   logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-  shapes = jax.eval_shape(encoder.apply, encoder.variables, _zeros(encoder, 1))
-  names = sorted(shapes) if isinstance(shapes, dict) else ["features"]
-  model = jax2onnx.to_onnx(
-    forward, [images], opset=18, input_names=["images"], output_names=names
-  )
+  names = {"input_names": ["images"], "output_names": ["features"]}
+  model = jax2onnx.to_onnx(forward, [images], opset=18, **names)
   if dtype == "float16":  # head and all; images and features stay as they are
     model = float16.convert_float_to_float16(model, keep_io_types=True)
   prop = model.metadata_props.add()
@@ -183,14 +183,14 @@ def onnx(encoder: Encoder, dtype: str = "float32") -> bytes:
   )
 
   def run(images):
-    return session.run(names, {"images": images})
+    return session.run(None, {"images": images})[0]
 
   _check(encoder, run, "onnx", dtype)
   return content
 
 
 def _forward(encoder, dtype) -> tuple[Callable, jax.ShapeDtypeStruct]:
-  """From images to features, and the shape of any number of images."""
+  """From images to one vector each, and the shape of any number of images."""
   module = models.make(**encoder.card["encoder"])
   colour = tuple(encoder.card["mean"]), tuple(encoder.card["std"])
   variables = jax.tree.map(jnp.asarray, jax.device_get(encoder.variables))
@@ -206,7 +206,7 @@ def _forward(encoder, dtype) -> tuple[Callable, jax.ShapeDtypeStruct]:
 
   def forward(images):
     images = augment.normalise(images, *colour)
-    return module.apply(variables, images, train=False)
+    return flat(module.apply(variables, images, train=False))
 
   (num,) = jax.export.symbolic_shape("b")
   return forward, _zeros(encoder, num)
@@ -223,11 +223,8 @@ def _check(encoder, run, format, dtype) -> None:
     images = np.random.default_rng(num).integers(
       0, 256, _zeros(encoder, num).shape, np.uint8
     )
-    pairs = zip(
-      *map(jax.tree.leaves, (encoder(images), run(images))), strict=True
-    )
-    apart = lambda a, b: np.linalg.norm(a - np.asarray(b), axis=-1).max()
-    error = max(float(apart(a, b)) for a, b in pairs)
+    gap = flat(encoder(images)) - np.asarray(run(images))
+    error = float(np.linalg.norm(gap, axis=1).max())
     if not error <= _TOLERANCE[dtype]:
       raise UserError(
         f"--format={format}: its features differ from the encoder's by "
@@ -241,11 +238,28 @@ def _model_card(encoder, dtype) -> dict[str, Any]:
   return {
     "input": f"images, uint8 [any number, {height}, {width}, 3], RGB; colours "
     "are normalised inside",
-    "output": "unit features; the cosine of two is their similarity",
+    "output": "features [any number, d] of length 1; the cosine of two is "
+    "their similarity, and 2 - 2 cosine their squared distance",
     "dtype": dtype,
+    "same_person": _thresholds(encoder.card.get("same_person")),
     "weights": "those of the training, whose licence is that of its images and "
     "of the weights it began with",
-    **encoder.card,
+    **{k: x for k, x in encoder.card.items() if k != "same_person"},
+  }
+
+
+def _thresholds(card) -> dict[str, Any] | str:
+  """From which similarity on two images are taken for one person."""
+  if not card:
+    return "not known: the encoder was saved without an evaluation"
+  cosine = lambda squared: round(1 - float(squared) / 2, 4)
+  at = lambda far: cosine(np.interp(far, RATES, card["different"]))
+  return {
+    "measured_on": card["source"],
+    "cosine_at_equal_error_rate": cosine(card["threshold"]),
+    "cosine_at_false_accept_rate": {
+      f"{x:g}": at(x) for x in (0.01, 1e-3, 1e-4)
+    },
   }
 
 

@@ -99,12 +99,12 @@ def state(path: Path) -> tuple[int, ...]:
       return info.file_size, info.CRC, changed
     info = path.stat()
   except (FileNotFoundError, KeyError):
-    raise UserError(
-      f"{path} is missing: check the path, or unpack the set again"
-    ) from None
+    raise UserError(f"{path} is missing: check the path") from None
   except OSError as error:
     raise unreadable(path, error) from None
   if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+    if stat.S_ISDIR(info.st_mode):
+      raise UserError(f"{path} is a folder: name its images")
     raise UserError(f"{path} is no regular file: move it away")
   return info.st_size, info.st_mtime_ns
 

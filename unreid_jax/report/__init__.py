@@ -199,9 +199,11 @@ def _map(encoder, dataset, labels, batch_size) -> _Mapped:
   ]
   text = (
     f"{len(rows)} train images, laid out by t-SNE: what is near in the "
-    "features is near here. Crosses are outliers. Where the colours of the "
-    "cameras form islands, the features show the camera, not the person."
+    "features is near here. Where the colours of the cameras form islands, the "
+    "features show the camera, not the person."
   )
+  if (groups < 0).any():
+    text += " Crosses are outliers."
   return _Mapped(Part("map", "Map of the features", [text], charts=drawn), card)
 
 

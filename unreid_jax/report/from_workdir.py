@@ -23,7 +23,7 @@ def write(config: ConfigDict | None, path: str) -> None:
   one that is measured here is added to its card.
 
   Args:
-    config: says where the data set is; None: the run's own.
+    config: its data set is taken, and its number of devices; None: the run's.
     path: the workdir.
 
   Raises:
@@ -32,13 +32,16 @@ def write(config: ConfigDict | None, path: str) -> None:
   with contextlib.ExitStack() as stack:
     workdir = Workdir(path)
     checkpoint = find(path)
-    config = config or from_json(workdir.stored_config())
+    own = from_json(workdir.stored_config())
+    if config:  # which may be of another encoder, and another method
+      own.dataset, own.num_devices = config.dataset, config.num_devices
+    config = own
     mesh = sharding.make_mesh(config.num_devices)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(Preemption())
     check(config, mesh.size)
     encoder, labels = load_encoder(checkpoint), read_labels(checkpoint)
-    writer = stack.enter_context(Writer(workdir))
+    writer = stack.enter_context(Writer(workdir, keeps_log=False))
     size = {name: encoder.card[name] for name in ("height", "width")}
     dataset = data.load(**config.dataset.to_dict() | size)
     num = len(dataset.train.names) if dataset.train else 0

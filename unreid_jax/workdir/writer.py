@@ -41,8 +41,8 @@ class Writer:
   the library's modules log.
   """
 
-  def __init__(self, workdir: Workdir):
-    self.workdir = workdir
+  def __init__(self, workdir: Workdir, keeps_log: bool = True):
+    self.workdir, self._keeps_log = workdir, keeps_log
     self._lines = read_metrics(workdir.metrics)
     self._events, self._flushed = None, 0.0
     self._stack = contextlib.ExitStack()
@@ -222,7 +222,12 @@ class Writer:
     self._to_log(text.getvalue())
 
   def _to_log(self, text):
-    """Nothing, where nobody may write: others' runs can be scored too."""
+    """Nothing, where nobody may write: others' runs can be scored too.
+
+    Nor where no log is kept, as it is that of the training.
+    """
+    if not self._keeps_log:
+      return
     with named(self.workdir.log):
       try:
         with open(self.workdir.log, "a", encoding="utf-8") as file:
