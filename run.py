@@ -105,12 +105,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"what is {argv[1]!r}? Every option starts with --")
     _keep_compiled()
+    is_alone = _MODE.value not in ("train", "evaluate", "report")
+    if is_alone and launch.PLACE in os.environ:
+      raise UserError(
+        f"--mode={_MODE.value} is for one process: add --distributed=off, "
+        "and leave --launch out"
+      )
     if _MODE.value not in _OPTIONS:
-      if launch.PLACE in os.environ:
-        raise UserError(
-          f"--mode={_MODE.value} is for one process: add --distributed=off, "
-          "and leave --launch out"
-        )
       return _use_encoder(_MODE.value)
     check_options(_MODE.value, _OPTIONS[_MODE.value])
     if _MODE.value == "plan":

@@ -68,8 +68,10 @@ def main() -> None:
         print(
           f"{name:<17}{rows:>9,} images {1000 * seconds:8.2f} ms", flush=True
         )
-      growth = math.log(found[-1] / found[-2]) / math.log(sizes[-1] / sizes[-2])
-      print(f"{name:<17}grows as n^{growth:.2f} at the end")
+      if len(sizes) > 1:
+        growth = math.log(found[-1] / found[-2])
+        growth /= math.log(sizes[-1] / sizes[-2])
+        print(f"{name:<17}grows as n^{growth:.2f} at the end")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def main():
   parser.add_argument("--gigabytes", type=float, default=50)
   flags = parser.parse_args()
   devices = [int(n) for n in flags.devices.split(",")]
+  jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(devices))
   print("| method | devices | banks, MiB each | moved, MiB | GFLOP each | ms |")
   print("| --- | --- | --- | --- | --- | --- |")

@@ -13,6 +13,7 @@ import argparse
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,9 @@ def main() -> None:
         _link("up")
         again = _wait(_start(folder, name))
         found = result(folder / name)
-        differ = [key for key, x in found.items() if x != expected[key]]
+        differ = [
+          key for key in found | expected if found.get(key) != expected.get(key)
+        ]
         bad |= bool(differ) or lost != [76, 76] or again != [0, 0]
         print(
           f"cut after {after:.0f} s: status {lost} after {', '.join(ends)}; "
@@ -63,6 +66,7 @@ def main() -> None:
   finally:
     for name in _HOSTS:
       subprocess.run(["ip", "netns", "del", name], check=False)
+      shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
   sys.exit(bad)
 
 

@@ -233,3 +233,18 @@ def test_a_method_says_the_short_name():
     UserError, match=r"^k1 is 1: set it to a whole number of 2"
   ):
     methods.make("hhcl", k1=1)
+
+
+def test_keys_that_an_earlier_version_had_not():
+  """A run goes on if they change nothing; it does not take up a new way."""
+  now = load("spcl", "synthetic")
+  stored = json.loads(json.dumps(now.to_dict()))
+  del stored["ema"], stored["method"]["outliers"], stored["encoder"]["remat"]
+  config.check_same(stored, now)
+  for key, value in ("ema", 0.9), ("method.outliers", "none"):
+    other = load("spcl", "synthetic")
+    other.update_from_flattened_dict({key: value})
+    with pytest.raises(
+      UserError, match=rf"with {key}=no such key, but this on"
+    ):
+      config.check_same(stored, other)

@@ -39,7 +39,7 @@ def test_the_bytes_of_a_device_are_those_that_a_run_has():
   temporary = step.memory_analysis().temp_size_in_bytes
   assert found.device["in a step: activations, gradients"] == temporary
   saved = sum(x.nbytes for x in jax.tree.leaves(state))
-  assert list(found.disk.values()) == [3 * saved]
+  assert list(found.disk.values()) == [4 * saved]
 
 
 def test_collectives():

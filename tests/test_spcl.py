@@ -231,6 +231,7 @@ def test_without_outliers_they_change_nothing(name):
   features = features[rng.permutation(96)]
   camids = np.zeros(96, np.int32)
   options = {"k1": 8, "k2": 3, "eps": 0.4, "outliers": "none"}
+  options["recluster"] = "features"
   method = methods.make(name, **options)
   all_of_them = methods.make(name, **options | {"outliers": "classes"})
   state = method.init(KEY, jax.eval_shape(lambda: features))
@@ -278,6 +279,8 @@ def test_the_threshold_is_that_of_the_first_clusters():
 
 def test_bad_values():
   for name in ("spcl", "dhcl_hnm"):
+    with pytest.raises(UserError, match=r'^outliers is "none", .*recluster to'):
+      methods.make(name, outliers="none")
     with pytest.raises(UserError, match=r'^recluster is "bank": set'):
       methods.make(name, recluster="bank")
   with pytest.raises(UserError, match=r"^eps_gap is 0.5: set it to 0"):

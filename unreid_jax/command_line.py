@@ -106,10 +106,11 @@ def check_options(mode: str, known: Collection[str]) -> None:
   given = (x for x in flags.FLAGS.get_flags_for_module(own) if x.present)
   always = {"config", "workdir", "mode"}
   for name in [x.name for x in given if x.name not in known | always]:
-    line = f"--{name} is not for --mode={mode}"
+    line = f"--{name} is not for --mode={mode}; see --help"
     if (name, mode) == ("checkpoint", "train"):
-      line += ": train from weights with --config.encoder.pretrained=FILE"
-    raise UserError(f"{line}; see --help" if ":" not in line else line)
+      line = f"--checkpoint is not for --mode={mode}: train from weights with "
+      line += "--config.encoder.pretrained=FILE"
+    raise UserError(line)
 
 
 def fail(line: str | Exception) -> NoReturn:

@@ -215,11 +215,23 @@ def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
     ) from None
   for path, kind, now in _leaves(kinds(), settings):
     is_free = values.has(kind, values.FREE)
-    if not is_free and known.get(path, now) != now:
+    if is_free or (path not in known and _is_off(path, now, config)):
+      continue
+    if known.get(path) != now:
+      then = repr(known[path]) if path in known else "no such key"
       raise UserError(
-        f"--workdir holds a run with {path}={known[path]!r}, but this one has "
-        f"{now!r}: choose another --workdir"
+        f"--workdir holds a run with {path}={then}, but this one has {now!r}: "
+        "choose another --workdir"
       )
+
+
+def _is_off(path: str, value: Any, config: ConfigDict) -> bool:
+  """Whether a key that an earlier version had not leaves a run as it was."""
+  defaults = methods.defaults(config.method.name)
+  section, _, key = path.partition(".")
+  if section == "method" and key in defaults:
+    return value == defaults[key]
+  return value in (0, 1, "", "0 steps", [])
 
 
 def _leaves(types, section, prefix=""):

@@ -14,7 +14,6 @@ from unreid_jax.arrays import checked
 from unreid_jax.encode import flat
 from unreid_jax.gallery import Gallery
 from unreid_jax.search import Hits
-from unreid_jax.workdir import named
 
 _AT_ONCE = 65_536  # features that are read from the disk and added at a time
 
@@ -41,7 +40,10 @@ def rank_approximately(
   """
   if not importlib.util.find_spec("usearch"):
     raise UserError("usearch is not installed: pip install usearch")
-  query, index = flat(query), _updated(gallery)
+  query = flat(query)
+  if not len(gallery):
+    return Hits(*(np.zeros((len(query), 0), x) for x in (int, np.float32)))
+  index = _updated(gallery)
   place = np.full(len(gallery.stored), -1)  # the store has former images, too
   place[gallery.rows] = np.arange(len(gallery))
   wanted = top
@@ -79,10 +81,16 @@ def _updated(gallery) -> Any:
   for start in range(len(index), len(stored), _AT_ONCE):
     part = np.asarray(stored[start : start + _AT_ONCE])
     index.add(np.arange(start, start + len(part)), part)
-  partial = path.with_suffix(".partial")
-  with named(path, "--cache_dir"):
+  partial = path.with_suffix(f".{os.getpid()}.partial")  # of this process
+  try:
     index.save(os.fspath(partial))
     os.replace(partial, path)
+  except Exception as error:  # usearch has several
+    partial.unlink(missing_ok=True)
+    raise UserError(
+      f"{path} cannot be written ({error}): mend that, or choose another "
+      "--cache_dir"
+    ) from None
   return index
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, sharding
-from unreid_jax.config import check, resolve, shapes
+from unreid_jax import UserError, data, sharding, values
+from unreid_jax.config import check, kinds, resolve, shapes
 from unreid_jax.state import TrainState, keys, make_parts, shapes_of_state
 from unreid_jax.step import compile_step
 
@@ -28,6 +28,7 @@ class Plan(NamedTuple):
   disk: dict[str, int]
   moved: dict[str, int]  # between devices in a step
   flops: float
+  micro_batches: int  # whose loop counts once, in what is moved and in flops
 
   @property
   def peak(self) -> int:
@@ -46,6 +47,7 @@ def plan(config: ConfigDict, num_images: int = 0) -> Plan:
   Raises:
     UserError: no run can have this config, or the number of images is unknown.
   """
+  values.check(kinds(), config.to_dict())
   images = num_images or _published_size(config)
   if images < config.batch_size:
     raise UserError(
@@ -66,12 +68,14 @@ def plan(config: ConfigDict, num_images: int = 0) -> Plan:
   device["at an epoch's start: all features, new banks"] = (
     host["features of all images"] + device["banks and labels"]
   )
-  disk = {"the last two checkpoints, and the best": 3 * _bytes(state)}
+  disk = {"two checkpoints, the best, and a new one": 4 * _bytes(state)}
   moved = collections.Counter()
   for kind, size in collectives(step.as_text()) if mesh.size > 1 else ():
-    moved[kind] += size
+    # What is scattered was mesh.size times as large.
+    moved[kind] += size * (mesh.size if kind == "reduce-scatter" else 1)
   flops = step.cost_analysis().get("flops", 0.0)
-  return Plan(images, mesh.size, device, host, disk, dict(moved), flops)
+  found = images, mesh.size, device, host, disk, dict(moved), flops
+  return Plan(*found, config.micro_batches)
 
 
 def lines(plan: Plan, device_memory: float = 0.0) -> list[str]:
@@ -83,11 +87,16 @@ def lines(plan: Plan, device_memory: float = 0.0) -> list[str]:
   return [
     f"{plan.images:,} train images, {plan.devices} devices",
     *_table("each device, MiB", plan.device),
-    f"  at most, together: {plan.peak / 2**30:,.2f} GiB{verdict}",
+    f"  at most, in training: {plan.peak / 2**30:,.2f} GiB{verdict}",
     *_table("each host, MiB", plan.host),
     *_table("disk, MiB", plan.disk),
     *_table("between devices in each step, MiB", plan.moved),
     f"arithmetic of each device in a step: {plan.flops / 1e9:,.1f} GFLOP",
+    *(
+      [f"  both with one of the {plan.micro_batches} micro-batches counted"]
+      if plan.micro_batches > 1
+      else []
+    ),
   ]
 
 
@@ -139,11 +148,16 @@ def collectives(program: str) -> list[tuple[str, int]]:
 
 def _published_size(config):
   """How many train images the published set has."""
-  try:
-    builder = data.builder(config.dataset.name)
-  except ModuleNotFoundError:
+  if config.dataset.name in ("folder", "synthetic"):
     return 0
-  return builder.SIZES[config.dataset.version or next(iter(builder.SIZES))][0]
+  sizes = data.builder(config.dataset.name).SIZES
+  version = config.dataset.version or next(iter(sizes))
+  if version not in sizes:
+    raise UserError(
+      f'dataset.version is "{version}": set it to '
+      f'"{" or ".join(filter(None, sizes))}"'
+    )
+  return sizes[version][0]
 
 
 def _bytes(tree: Any, own: bool = False) -> int:

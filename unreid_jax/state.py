@@ -26,8 +26,8 @@ class TrainState:
   """Everything that a run changes: arrays, and nothing else.
 
   `labels` are the pseudo labels of all train images; `sums` are the figures of
-  the epoch's steps so far, added up; `average` is that of the variables over
-  the steps, or None (`config.ema`).
+  the epoch's steps so far, added up; `average` is an exponential moving
+  average of parameters and running statistics (`config.ema`), or None.
   """
 
   step: Int[Array, ""]

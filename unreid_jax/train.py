@@ -121,6 +121,7 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
     else:  # saved, so that a run without a last checkpoint is one that lost it
       checkpoints.keep("last", range(0))
       checkpoints.save("last", 0, card, state)
+      checkpoints.wait()
       if dataset.query is not None:
         writer.write(0, "evaluate", score_state(state, 0).scores)
 
@@ -170,14 +171,16 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
       if step == end or step % due["evaluate"] == 0:
         found = score_state(state, step)
         if found.scores:
-          if peers.decide(is_best(found.scores, writer.history("evaluate"))):
+          saved = checkpoints.latest("best")
+          history = writer.history("evaluate")
+          if peers.decide(is_best(found.scores, history, saved)):
             checkpoints.save("best", step, card | found.card, state)
           writer.write(step, "evaluate", found.scores)
       stop = stop or preemption.noticed
       if stop or step == end or step % due["checkpoint"] == 0:
         scored = found.card if found else {}
-        checkpoints.save("last", step, card | scored, state)
-        session.save(step)
+        note = functools.partial(session.save, step)
+        checkpoints.save("last", step, card | scored, state, note)
       if step == end:
         checkpoints.keep("last", range(end, end + 1))
       if found and config.report:
@@ -261,10 +264,16 @@ def check_same_images(stored: dict, card: dict, path: pathlib.Path) -> None:
     )
 
 
-def is_best(scores: dict[str, float], history: list[dict]) -> bool:
-  """Whether no trained encoder had a higher mAP; on the test set, as usual."""
-  trained = [line for line in history if line["step"]]
-  return bool(scores) and all(scores["mAP"] > x["mAP"] for x in trained)
+def is_best(
+  scores: dict[str, float], history: list[dict], saved: int | None
+) -> bool:
+  """Whether mAP is higher than that of the best encoder, saved at a step.
+
+  It is the test set's, as usual. What a killed run had found to be better, but
+  has lost, does not count.
+  """
+  best = [line["mAP"] for line in history if line["step"] == saved]
+  return bool(scores) and all(scores["mAP"] > mAP for mAP in best)
 
 
 def check_finite(figures: dict[str, Array] | None, step: int) -> None:

@@ -90,6 +90,7 @@ class Hyperparameters(Clustering):
     super().__post_init__()
     if self.debias == "mask":
       check_gap("mask_gap", self.eps, self.mask_gap)
+    spcl.check_outliers(self)
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ the rows of each class, and then moves its own row.
 
 import dataclasses
 import functools
-from typing import Literal, no_type_check
+from typing import Any, Literal, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ from unreid_jax.methods import (
 )
 from unreid_jax.pseudo_labels.clustering import Clustering, cluster
 from unreid_jax.pseudo_labels.self_paced import check_gap, refine
-from unreid_jax.values import BelowOne, NotNegative, Positive
+from unreid_jax.values import BadValue, BelowOne, NotNegative, Positive
 
 Recluster = Literal["memory", "features"]
 Outliers = Literal["classes", "none"]
@@ -47,7 +47,8 @@ class Hyperparameters(Clustering):
       which are encoded anew each epoch, and which the memory then starts from.
     outliers: "classes", each image that is alone is a class of its own, as the
       authors have it; or "none", it is left out. Ours, for first features so
-      poor that most images are alone though they are somebody's.
+      poor that most images are alone though they are somebody's; with
+      recluster="features", as nothing moves the rows of outliers.
   """
 
   temperature: Positive = 0.05
@@ -59,6 +60,16 @@ class Hyperparameters(Clustering):
   def __post_init__(self):
     super().__post_init__()
     check_gap("eps_gap", self.eps, self.eps_gap)
+    check_outliers(self)
+
+
+def check_outliers(hp: Any) -> None:
+  """Refuses to leave out outliers whose rows would be clustered for ever."""
+  if (hp.outliers, hp.recluster) == ("none", "memory"):
+    fix = 'set it to "classes", or recluster to "features"'
+    raise BadValue(
+      "outliers", f'is "none", and nothing moves their rows: {fix}'
+    )
 
 
 @struct.dataclass

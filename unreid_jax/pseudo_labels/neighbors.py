@@ -25,7 +25,8 @@ def neighbors(
 
   The search is exact and holds no [n, n] matrix. It compares a block of rows at
   a time with all rows, which are spread over the devices of `jax.set_mesh`, or
-  over all devices; if these are CPUs, numpy's matrix products replace XLA's.
+  over all devices; if these are CPUs, numpy's matrix products replace XLA's. Of
+  several JAX processes all must call it, with the same features.
 
   Args:
     features: rows [n, d], which need not be of unit length.

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ from unreid_jax.workdir import Workdir, read_json, whole_file
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Whether a message of Orbax is not what `save` raises in one line."""
-  return "_SignalingThread" not in record.getMessage()
+  """Whether a log record says what `Checkpoints` does not say in one line."""
+  is_traceback = record.exc_info and "orbax" in record.pathname
+  return not is_traceback and "_SignalingThread" not in record.getMessage()
 
 
 class Checkpoints:
@@ -52,15 +54,26 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error) -> None:
-    self.wait()
-    for manager in self._managers.values():
-      manager.close()
+  def __exit__(self, kind=None, *error) -> None:
+    try:
+      with contextlib.suppress(*[UserError] if kind else []):
+        self.wait()
+    finally:
+      for manager in self._managers.values():
+        manager.close()
 
-  def save(self, which: str, step: int, card: dict, state: Any) -> None:
+  def save(
+    self,
+    which: str,
+    step: int,
+    card: dict,
+    state: Any,
+    then: Callable[[], None] = lambda: None,
+  ) -> None:
     """Begins to save a `TrainState` as the "last" or the "best" one.
 
-    The state may change, or be given away, once this has returned.
+    The state may change, or be given away, once this has returned. `then` is
+    called when it is known to be saved.
 
     Raises:
       UserError: it cannot be written, or the one before it could not be; the
@@ -73,7 +86,7 @@ class Checkpoints:
       training=ocp.args.StandardSave(state.training),
     )
     size = sum(x.nbytes for x in jax.tree.leaves(vars(state)))
-    self._pending = which, step, size
+    self._pending = which, step, size, then
     with self._writing():
       free = shutil.disk_usage(self._workdir.checkpoints(which)).free
       if free < size:  # Orbax would leave a mess
@@ -89,12 +102,13 @@ class Checkpoints:
     if self._pending:
       with self._writing():
         self._managers[self._pending[0]].wait_until_finished()
-    self._pending = None
+      then, self._pending = self._pending[-1], None
+      then()
 
   @contextlib.contextmanager
   def _writing(self):
     """Within it, what cannot be written is a UserError, and leaves nothing."""
-    which, step, size = self._pending
+    which, step, size, _ = self._pending
     try:
       yield
     except Exception as error:  # of Orbax, TensorStore or the system
@@ -132,7 +146,12 @@ class Checkpoints:
       training=ocp.args.StandardRestore(_abstract(like.training)),
     )
     newest = self._workdir.newest(which)
-    with _whole(newest):
+    steps = sorted(self._managers[which].all_steps())
+    advice = ""
+    if len(steps) > 1:
+      advice = "; if it is damaged, move it away, and the same command goes on "
+      advice += f"after step {steps[-2]}"
+    with _whole(newest, advice):
       found = self._managers[which].restore(int(newest.name), args=args)
     return like.restored(found["encoder"], found["training"])
 
@@ -205,7 +224,7 @@ def check_version(checkpoint: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _whole(checkpoint):
+def _whole(checkpoint, advice=""):
   """Whatever goes wrong in it, the checkpoint and what is asked for differ."""
   try:
     yield
@@ -213,18 +232,8 @@ def _whole(checkpoint):
     raise UserError(
       f"{checkpoint} cannot be restored ({_reason(error)}): it is damaged, or "
       "belongs to another encoder or another number of train images"
-      f"{_way_back(checkpoint)}"
+      f"{advice}"
     ) from None
-
-
-def _way_back(checkpoint):
-  """What to do about a damaged checkpoint that has an earlier one beside it."""
-  names = (path.name for path in checkpoint.parent.glob("*"))
-  steps = [int(name) for name in names if name.isdecimal()]
-  earlier = max((x for x in steps if x < int(checkpoint.name)), default=None)
-  if earlier is None:
-    return ""
-  return f"; move it away, and the same command goes on after step {earlier}"
 
 
 def _reason(error):

@@ -18,12 +18,13 @@ class Session:
   """A process that works on a run; a run that goes on has several.
 
   What a killed process has done since its last checkpoint is not counted: it
-  is done again. A run that begins at step 0 forgets earlier ones.
+  is done again. Sessions beyond the step at which a run goes on are forgotten.
   """
 
   def __init__(self, workdir: Workdir, mesh: Mesh, step: int, end: int):
     self._path, self._start = workdir.sessions, time.monotonic()
-    self._earlier = read_sessions(workdir) if step else []
+    found = read_sessions(workdir) if step else []
+    self._earlier = [x for x in found if x["step"] <= step]
     self._about = {
       "began": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
       "hardware": hardware(mesh.devices.size),

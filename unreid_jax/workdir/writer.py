@@ -222,10 +222,7 @@ class Writer:
     self._to_log(text.getvalue())
 
   def _to_log(self, text):
-    """Nothing, where nobody may write: others' runs can be scored too.
-
-    Nor where no log is kept, as it is that of the training.
-    """
+    """Appends to log.txt, unless none is kept or the folder is read-only."""
     if not self._keeps_log:
       return
     with named(self.workdir.log):
