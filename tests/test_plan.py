@@ -12,6 +12,7 @@ from unreid_jax.state import first_state, keys, make_parts, shapes_of_state
 from unreid_jax.step import compile_step
 
 
+@pytest.mark.usefixtures("two_blocks")
 def test_the_bytes_of_a_device_are_those_that_a_run_has():
   config = hhcl.get_config("synthetic")
   config.num_devices, num_images = 8, 300
