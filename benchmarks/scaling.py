@@ -37,6 +37,8 @@ def main():
     module = importlib.import_module(f"configs.{method}")
     config = module.get_config("market1501")
     for config.num_devices in devices:
+      if config.batch_size % config.num_devices:
+        continue
       found = plan(config)
       moved = sum(found.moved.values())
       seconds = found.flops / 1e12 / flags.tflops
