@@ -14,7 +14,7 @@ from test_interruptions import wait_for
 from test_run import FORKS, run_command
 
 from unreid_jax import UserError
-from unreid_jax.hosts import place
+from unreid_jax.hosts import peers, place
 from unreid_jax.hosts.launch import PLACE
 from unreid_jax.models.backbones import resnet
 
@@ -322,3 +322,31 @@ def test_two_processes_are_stopped_go_on_and_equal_one(tmp_path, crops):
     assert not any(statuses), printed
   one, two = (x / "run/metrics.jsonl" for x in (one, two))
   assert one.read_text() == two.read_text()
+
+
+def test_all_stop_at_the_same_turn_while_they_encode(monkeypatch):
+  """One is told to stop, and another one is two turns ahead of it."""
+  store = {}
+
+  class Client:
+    def key_value_set(self, key, value):
+      assert key not in store  # JAX raises, too
+      store[key] = value
+
+    def key_value_try_get(self, key):
+      return store[key]
+
+  monkeypatch.setattr(peers, "_client", Client)
+  monkeypatch.setattr(peers, "_is_watched", lambda: True)
+  stopped, turns = {}, {"told": 0, "ahead": 0}
+  for _ in range(30):
+    for name, lead in ("ahead", 2), ("told", 0):
+      while name not in stopped and turns[name] < turns["told"] + lead + 1:
+        turns[name] += 1
+        is_told = name == "told" and turns[name] >= 5
+        monkeypatch.setattr(peers._is_told, "is_set", lambda x=is_told: x)
+        if peers.stops(turns[name]):
+          stopped[name] = turns[name]
+        if name == "told":
+          break
+  assert stopped == {"ahead": 13, "told": 13}

@@ -59,7 +59,7 @@ class Preemption:
     self._notified = False
     _deferred.clear()
     self._old = {}
-    self._is_alone = jax.process_count() == 1
+    self._is_alone, self._checks = jax.process_count() == 1, 0
     if self._is_alone and threading.current_thread() is threading.main_thread():
       self._pipe, written = os.pipe()
       os.set_blocking(written, False)
@@ -98,9 +98,12 @@ class Preemption:
   def check(self) -> None:
     """Raises `Interrupted` if the run is to stop, while it labels an epoch.
 
-    One of several processes goes on: they have agreed to stop after a step.
+    Several processes must call it equally often, and stop at the same call.
     """
-    if self._is_alone and self._notified:
+    from unreid_jax.hosts import peers  # which needs this file
+
+    self._checks += 1
+    if self._notified if self._is_alone else peers.stops(self._checks):
       raise Interrupted("stopped before an epoch")
 
   def _notice(self, number, frame):

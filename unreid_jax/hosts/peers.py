@@ -28,6 +28,9 @@ _ERROR, _STOP = f"{_END}/error", f"{_END}/stop"
 _LONG = 7 * 24 * 3600 * 1000  # ms; who waits is ended by its watcher
 _turns = itertools.count()
 _has_met, _is_ending = threading.Event(), threading.Event()
+_is_told = threading.Event()  # to stop
+_TURN = "unreid_jax/turn"
+_AHEAD = 8  # turns, more than a process can be ahead of another
 
 
 class Lost(Exception):
@@ -101,6 +104,24 @@ def agree(facts: dict[str, Any]) -> None:
       )
 
 
+def stops(turn: int) -> bool:
+  """Whether all processes are to stop at this turn.
+
+  Each asks at every turn, and none is far ahead of another, as between two
+  turns they wait for each other. So a turn soon to come can be agreed on.
+  """
+  if not _is_watched():
+    return False
+  client = _client()
+  with contextlib.suppress(Exception):  # another one was faster
+    if _is_told.is_set():
+      client.key_value_set(_TURN, str(turn + _AHEAD))
+  try:
+    return turn >= int(client.key_value_try_get(_TURN))
+  except Exception:  # nobody has said anything
+    return False
+
+
 def end(line: str) -> None:
   """Tells the others that this process ends, and why; they end as well."""
   _is_ending.set()
@@ -168,6 +189,8 @@ def _watch():
         preemption.notice()
       continue
     with contextlib.suppress(Exception):  # the run ends, in whatever way
+      if is_told:
+        _is_told.set()
       if is_told and not has_stopped:
         _client().key_value_set(_STOP, "", allow_overwrite=True)
       said = dict(_client().key_value_dir_get(_END))
