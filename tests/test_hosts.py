@@ -114,6 +114,8 @@ def command(tmp_path):
     path.write_text(
       "import json, os, pathlib, signal, sys, time\n"
       f"from unreid_jax.hosts.launch import PLACE, launch\n"
+      # A shell's background jobs ignore it, and so would their children.
+      "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
       "status = launch(sys.argv)\n"
       "if status is not None:\n"
       "  sys.exit(status)\n"
