@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from test_run import FORKS, run_command
+from test_run import printed_by
 
 from configs import hhcl
 from unreid_jax import UserError, sharding
@@ -60,12 +60,7 @@ def test_a_plan_for_more_devices_than_there_are(tmp_path):
     "--mode=plan", "--config.num_devices=16", "--num_images=4000000",
     "--device_memory=0.1",
   ]  # fmt: skip
-  log = tmp_path / "log"
-  process = FORKS.Process(target=run_command, args=(arguments, log))
-  process.start()
-  process.join(100)
-  printed = log.read_text()
-  assert process.exitcode == 0, printed
+  printed = printed_by(tmp_path, arguments)
   assert "4,000,000 train images, 16 devices" in printed
   assert "does NOT fit in 0.1 GiB" in printed
 

@@ -175,13 +175,17 @@ def test_mistakes_in_a_config_file(tmp_path, text, line):
 
 def refused(tmp_path, arguments):
   """What run.py prints before it ends with status 2."""
-  arguments = [f"--workdir={tmp_path}/run", *arguments]
+  return printed_by(tmp_path, [f"--workdir={tmp_path}/run", *arguments], 2)
+
+
+def printed_by(tmp_path, arguments, status=0):
+  """What run.py prints before it ends with this status."""
   log = tmp_path / "log"
   process = FORKS.Process(target=run_command, args=(arguments, log))
   process.start()
-  process.join(60)
+  process.join(100)
   printed = log.read_text()
-  assert process.exitcode == 2, printed
+  assert process.exitcode == status, printed
   assert "Traceback" not in printed
   return printed.strip()
 

@@ -167,12 +167,12 @@ def _hits(images, rows, similarity, card, far) -> Iterator[dict]:
 
 
 def _meaning(card, far) -> str:
-  """What "same" means, and how much of what is the same it misses."""
+  """What "same" means, and how much of what is the same it finds."""
   limit = np.interp(far, RATES, card["different"])
-  missed = float(decide(np.array([limit]), card, far).frr[0])
+  found = 1 - float(decide(np.array([limit]), card).frr[0])
   return (
     f'"same": as near as {100 * far:g} % of the pairs of different people, and '
-    f"{100 * (1 - missed):.2g} % of those of one person ({card['source']})"
+    f"{100 * found:.2g} % of those of one person ({card['source']})"
   )
 
 

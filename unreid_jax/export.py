@@ -194,14 +194,11 @@ def _forward(encoder, dtype) -> tuple[Callable, jax.ShapeDtypeStruct]:
   module = models.make(**encoder.card["encoder"])
   colour = tuple(encoder.card["mean"]), tuple(encoder.card["std"])
   variables = jax.tree.map(jnp.asarray, jax.device_get(encoder.variables))
-  if dtype != encoder.card["encoder"]["dtype"]:
+  if not dtype == encoder.card["encoder"]["dtype"] == "float32":
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
-    is_kernel = lambda path: (
-      path[0].key == "params" and path[1].key == "backbone"
-    )
+    is_kernel = lambda path, x: x.ndim > 1 and path[1].key == "backbone"
     variables = jax.tree.map_with_path(
-      lambda path, x: x.astype(dtype) if is_kernel(path) and x.ndim > 1 else x,
-      variables,
+      lambda path, x: x.astype(dtype) if is_kernel(path, x) else x, variables
     )
 
   def forward(images):
