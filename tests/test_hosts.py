@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from test_interruptions import wait_for
 from test_run import FORKS, run_command
@@ -143,6 +144,49 @@ def test_what_the_processes_print_and_return(command):
   assert err.endswith("no\n") and len(err.splitlines()) == 1
 
 
+LABELS = """
+import jax, numpy as np
+from unreid_jax import memory, sharding
+from unreid_jax.hosts import peers
+from unreid_jax.methods.cluster_contrast import Hyperparameters
+from unreid_jax.pseudo_labels import clustering, jaccard_distance, shares
+
+if PLACE in os.environ:
+  peers.join()
+  shares._MOST = 2**12  # several pieces
+rng = np.random.default_rng(0)
+people = rng.standard_normal((40, 16))[rng.integers(0, 40, 401)]
+features = people + 0.7 * rng.standard_normal(people.shape)
+features /= np.linalg.norm(features, axis=1, keepdims=True)
+features = features.astype(np.float32)
+hp = Hyperparameters(k1=12, eps=0.7, min_samples=3)
+labels = clustering.cluster(hp, features, np.zeros(401, int)).labels[0]
+mesh = sharding.make_mesh(4)
+with jax.set_mesh(mesh):
+  split = sharding.split_rows(mesh, features)
+  make = jax.jit(lambda x, labels: memory.centroids(x.array, labels, 200))
+  bank = memory.to_host(make(split, labels), 200)
+jaccard = jaccard_distance(features, 12, 3)
+np.savez(
+  f"{here}/{own}.npz", labels=labels, bank=bank, data=jaccard.data,
+  indices=jaccard.indices, indptr=jaccard.indptr,
+)
+"""
+
+
+def test_four_processes_share_the_labels_of_an_epoch(command, tmp_path):
+  """The distances, the labels and a bank of one process, bit by bit."""
+  out, err = (run := command(LABELS, "--launch=4")).communicate(timeout=100)
+  assert run.returncode == 0, out + err
+  exec(LABELS, {"PLACE": "no place", "os": os, "here": tmp_path, "own": "one"})
+  one = np.load(tmp_path / "one.npz")
+  assert one["labels"].max() > 10
+  for own in range(4):
+    found = np.load(tmp_path / f"{own}.npz")
+    for name, array in one.items():
+      np.testing.assert_array_equal(found[name], array)
+
+
 CRASH = (
   "E1129 09:14:32.1 10 coordination_service_agent.cc:289] Polled an error\n"
   "F1129 09:14:32.2 10 client.h:80] Terminating process because the JAX "
@@ -241,8 +285,9 @@ class Together:
     common += [f"--config.dataset.{k}={v}" for k, v in options.items()]
     common += ["--config.encoder.width=0.125", f"--workdir={folder}/run"]
     common += [f"--config.epochs={epochs}", "--config.steps_per_epoch=2"]
-    common += ["--config.num_devices=2", "--config.report=False"]
-    common += ["--config.method.instance_epochs=1000"]
+    common += ["--config.num_devices=2", "--config.log_every=1 step"]
+    common += ["--config.report=False"]
+    common += ["--config.method.instance_epochs=1", "--config.method.eps=.9"]
     self.logs, self.mouths, self.processes = [], [], []
     with socket.socket() as listener:
       listener.bind(("127.0.0.1", 0))
@@ -322,8 +367,9 @@ def test_two_processes_are_stopped_go_on_and_equal_one(tmp_path, crops):
   for folder, each in (two, ((), ())), (one, ((),)):
     statuses, printed = Together(folder, crops, each, epochs).ends()
     assert not any(statuses), printed
-  one, two = (x / "run/metrics.jsonl" for x in (one, two))
-  assert one.read_text() == two.read_text()
+  one, two = ((x / "run/metrics.jsonl").read_text() for x in (one, two))
+  assert '"cluster"' in one and '"train"' in one
+  assert one == two
 
 
 def test_all_stop_at_the_same_turn_while_they_encode(monkeypatch):

@@ -47,6 +47,21 @@ def test_a_bank_is_padded_the_same_on_any_number_of_devices(mesh, bank):
   assert not created[N:].any()
 
 
+def test_centroids_are_the_same_on_any_number_of_devices(rng):
+  features = unit(rng.standard_normal((N + 3, D))).astype(np.float32)
+  labels = rng.integers(-1, 30, len(features))
+  found = []
+  for num in 1, 2, 8:
+    with jax.set_mesh(sharding.make_mesh(num)):
+      make = jax.jit(memory.centroids, static_argnums=2)
+      found.append(np.asarray(make(features, labels, 100)))
+  means = [features[labels == i].sum(axis=0) for i in range(30)]
+  np.testing.assert_allclose(found[0][:30], unit(means), atol=1e-6)
+  assert found[0].shape == (128, D) and not found[0][30:].any()
+  for other in found[1:]:
+    np.testing.assert_array_equal(other, found[0])
+
+
 def test_selected_similarities_and_their_gradient(mesh, bank, features, rng):
   rows = jnp.asarray(rng.integers(0, N, (B, 9)))
   weights = rng.standard_normal((B, 9))

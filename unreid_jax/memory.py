@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
+from unreid_jax import sharding
 from unreid_jax.sharding import AXIS, COPY, ROWS, P, constrain_rows, per_shard
 
 # The capacity of a bank must not depend on the number of devices, or a
@@ -190,12 +191,30 @@ def centroids(
   """A bank of the normalised mean of each label's unit features.
 
   It has `num_rows` rows or more, and those without a feature are zero. Features
-  with a negative label are left out.
+  with a negative label are left out. The devices show each other their features
+  in turn, and each adds up those of its own rows: always in the order of the
+  images, and with room for one device's features at a time.
   """
-  k = capacity(num_rows)
-  rows = jnp.where(labels < 0, k, labels)
-  sums = jnp.zeros((k, features.shape[1]), features.dtype)
-  return create(normalize(sums.at[rows].add(features, mode="drop")))
+  k, num = capacity(num_rows), sharding.num_devices()
+  fill = 0, -len(labels) % num
+  labels = constrain_rows(jnp.pad(labels, fill, constant_values=-1))
+  features = constrain_rows(jnp.pad(features, (fill, (0, 0))))
+
+  def shard(features, labels):
+    def show(x, turn):
+      is_turn = lax.axis_index(AXIS) == turn
+      return lax.psum(jnp.where(is_turn, x, 0), AXIS) if num > 1 else x
+
+    def add(turn, sums):
+      own, local = _own_rows(show(labels, turn), len(sums))
+      at = jnp.where(own, local, len(sums))
+      return sums.at[at].add(show(features, turn), mode="drop")
+
+    empty = jnp.zeros((k // num, features.shape[1]), features.dtype)
+    empty = lax.pcast(empty, AXIS, to="varying")
+    return normalize(lax.fori_loop(0, num, add, empty))
+
+  return per_shard(shard, (ROWS, ROWS), ROWS)(features, labels)
 
 
 def to_host(bank: Bank, num_rows: int) -> np.ndarray:

@@ -65,8 +65,12 @@ def plan(config: ConfigDict, num_images: int = 0) -> Plan:
   device["in a step: activations, gradients"] = (
     step.memory_analysis().temp_size_in_bytes
   )
-  device["at an epoch's start: all features, new banks"] = (
-    host["features of all images"] + device["banks and labels"]
+  # Of its share of the features a device holds three copies, while it shows
+  # them to the others.
+  copies = 4 if mesh.size > 1 else 1
+  device["at an epoch's start: features, new banks"] = (
+    host["features of all images"] // mesh.size * copies
+    + device["banks and labels"]
   )
   disk = {"two checkpoints, the best, and a new one": 4 * _bytes(state)}
   moved = collections.Counter()

@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
-from unreid_jax import UserError, encode
+from unreid_jax import UserError, encode, sharding
 from unreid_jax.data import Split
 from unreid_jax.methods import Labels
 from unreid_jax.pseudo_labels.clustering import describe
@@ -16,9 +15,26 @@ from unreid_jax.workdir.writer import Writer
 
 
 def make_refresh(parts: Parts, state: TrainState) -> Callable:
-  """The method's `refresh`, jitted once for the whole run."""
-  out = shardings(parts.mesh, state.method)
-  return jax.jit(parts.method.refresh, out_shardings=out)
+  """The method's `refresh`, jitted once for the whole run.
+
+  What it is given of each image is split over the devices first.
+  """
+  out, num = shardings(parts.mesh, state.method), len(state.labels)
+  is_split = lambda x: isinstance(x, sharding.SplitRows)
+
+  def run(banks, labels, given, key):
+    whole = lambda x: x.array if is_split(x) else x
+    given = jax.tree.map(whole, given, is_leaf=is_split)
+    return parts.method.refresh(banks, labels, given, key)
+
+  run = jax.jit(run, out_shardings=out)
+
+  def refresh(banks, labels, given, key):
+    split = lambda x: sharding.split_rows(parts.mesh, x)
+    split_some = lambda x: split(x) if np.shape(x)[:1] == (num,) else x
+    return run(banks, labels, jax.tree.map(split_some, given), key)
+
+  return refresh
 
 
 def relabel(
@@ -68,9 +84,6 @@ def relabel(
   state = state.replace(batch_stats=variables["batch_stats"])
   if found is None:
     return state
-  if jax.process_count() > 1:  # hosts must not differ by rounding
-    decided = multihost_utils.broadcast_one_to_all((found.values, found.given))
-    found = found._replace(values=decided[0], given=decided[1])
   _report(found, train_set.pids, step, writer)
   if not _is_usable(found.values, np.asarray(state.labels), writer):
     return state

@@ -3,10 +3,11 @@
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import numpy as np
+from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +54,12 @@ def per_shard(
   return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs)
 
 
+def num_devices() -> int:
+  """How many devices the mesh of `jax.set_mesh` has; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.size
+
+
 def constrain(array: jax.Array, spec: P) -> jax.Array:
   """Splits an array over the mesh of `jax.set_mesh`, if there is one."""
   if jax.sharding.get_abstract_mesh().empty:
@@ -70,6 +77,27 @@ def put_rows(mesh: Mesh, array: Any, rows: np.ndarray) -> jax.Array:
   shape, split = (len(rows), *array.shape[1:]), NamedSharding(mesh, ROWS)
   own_part = lambda index: np.asarray(array[rows[index[0]]])
   return jax.make_array_from_callback(shape, split, own_part)
+
+
+@struct.dataclass
+@no_type_check
+class SplitRows:
+  """An array whose rows are split over the devices, and filled up for that."""
+
+  filled: jax.Array
+  num: int = struct.field(pytree_node=False)
+
+  @property
+  def array(self) -> jax.Array:
+    """The array itself; for use in a jitted function."""
+    return self.filled[: self.num]
+
+
+def split_rows(mesh: Mesh, array: np.ndarray) -> SplitRows:
+  """Puts an array of any length; each process copies only its own part."""
+  num = len(array)
+  rows = np.minimum(np.arange(-(-num // mesh.size) * mesh.size), num - 1)
+  return SplitRows(put_rows(mesh, array, rows), num)
 
 
 def batches(

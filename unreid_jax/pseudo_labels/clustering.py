@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -125,7 +127,10 @@ def _labeller(hp, features, gaps, seconds) -> Callable:
         reach = loosest
       run = functools.partial(dbscan, jaccard)
     with _timed(seconds, hp.clustering):
-      return tuple(run(eps, hp.min_samples) for eps in each_eps)
+      labels = tuple(run(eps, hp.min_samples) for eps in each_eps)
+    if jax.process_count() > 1:  # processors round differently: one decides
+      labels = multihost_utils.broadcast_one_to_all(labels)
+    return labels
 
   return label_at
 

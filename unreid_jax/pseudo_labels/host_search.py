@@ -7,14 +7,13 @@ still in the cache.
 
 import concurrent.futures
 
-import jax
 import numba
 import numpy as np
 import threadpoolctl
-from jax.experimental import multihost_utils
 from jaxtyping import Float32, Int32
 
 from unreid_jax.arrays import compiled
+from unreid_jax.pseudo_labels import shares
 
 _TILE = 512  # rows and columns of a tile of products
 _SPAN = 64  # products that are looked at together
@@ -33,7 +32,7 @@ def search(features: Float32[np.ndarray, "n d"], k: int) -> _Found:
   """
   n, num = len(features), -(-len(features) // _TILE)
   squared = np.einsum("nd,nd->n", features, features)
-  best = np.full((n, k), np.inf, np.float32)
+  own, best = shares.own_rows(), np.full((n, k), np.inf, np.float32)
   rows, farthest = np.full((n, k), n, np.int32), np.zeros(n, np.float32)
 
   def offer(tile):
@@ -48,17 +47,22 @@ def search(features: Float32[np.ndarray, "n d"], k: int) -> _Found:
     concurrent.futures.ThreadPoolExecutor(threads) as pool,
     threadpoolctl.threadpool_limits(1, "blas"),  # of each of our threads
   ):
-    for part in range(jax.process_index(), num, jax.process_count()):
+    for part in range(own[0], num, own[1]):
       # No two of these tiles write to the same rows.
       pairs = ((i, (part - i) % num) for i in range(num))
       list(pool.map(offer, [(i, j) for i, j in pairs if i <= j]))
-  if jax.process_count() > 1:
-    each = multihost_utils.process_allgather((best, rows, farthest))
-    best, rows = (np.concatenate(list(x), axis=1) for x in each[:2])
-    farthest = each[2].max(axis=0)
-  order = np.lexsort((rows, best))[:, :k]
-  best, rows = (np.take_along_axis(x, order, axis=1) for x in (best, rows))
+  if own[1] > 1:
+    for some, (*each, far) in shares.gather(best, rows, farthest):
+      each = (np.concatenate(list(x), axis=1) for x in each)
+      best[some], rows[some] = _nearest(*each, k)
+      farthest[some] = far.max(axis=0)
+  best, rows = _nearest(best, rows, k)
   return np.maximum(best, 0), rows, farthest
+
+
+def _nearest(distances, rows, k):
+  order = np.lexsort((rows, distances))[:, :k]
+  return [np.take_along_axis(x, order, axis=1) for x in (distances, rows)]
 
 
 @compiled(nogil=True)

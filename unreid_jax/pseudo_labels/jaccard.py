@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 
 from unreid_jax import UserError, values
 from unreid_jax.arrays import checked, compiled
+from unreid_jax.pseudo_labels import shares
 from unreid_jax.pseudo_labels.k_reciprocal import encode, reciprocal_distances
 from unreid_jax.pseudo_labels.neighbors import as_features, neighbors
 
@@ -132,11 +133,14 @@ def by_column(encoding: csr_array) -> tuple[tuple[np.ndarray, ...], ...]:
 
 def _distances(rows, columns, limit):
   threads, n = numba.get_num_threads(), len(rows[0]) - 1
+  own = shares.own_rows()
   # Only pairs with i <= j are compared: `before` counts the others of a row.
   before, counts = np.zeros((threads, n), np.int64), np.zeros(n, np.int64)
   none = np.empty(0, np.int32), np.empty(0, np.float32)
-  _compare(rows, columns, limit, before, counts, *none)
+  _compare(own, rows, columns, limit, before, counts, *none)
   before = before.sum(axis=0)
+  shares.add_up(before)
+  shares.add_up(counts)
   indptr = np.append(0, np.cumsum(before + counts))
   if (total := indptr[-1]) > _MAX_ENTRIES:
     raise TooManyPairsError(
@@ -145,15 +149,17 @@ def _distances(rows, columns, limit):
     )
   out = np.empty(total, np.int32), np.empty(total, np.float32)
   starts = indptr[:-1] + before
-  _compare(rows, columns, limit, np.zeros((threads, n), int), starts, *out)
+  given = own, rows, columns, limit, np.zeros((threads, n), int)
+  _compare(*given, starts, *out)
+  shares.complete(starts, counts, out)
   _mirror(indptr, starts, *out)
   # scipy would copy the columns to int64 if the pointers were.
   return csr_array((out[1], out[0], indptr.astype(np.int32)), (n, n))
 
 
 @compiled(parallel=True)
-def _compare(rows, columns, limit, before, starts, out_columns, out_data):
-  """Writes the distances <= limit of each row to itself and later rows.
+def _compare(own, rows, columns, limit, before, starts, out_columns, out_data):
+  """Writes the distances <= limit of own rows to themselves and later rows.
 
   Those of row i go to starts[i] and after. If there is no room for any, it
   counts them: row i's in starts[i], those from earlier rows in before[:, i].
@@ -165,7 +171,7 @@ def _compare(rows, columns, limit, before, starts, out_columns, out_data):
   least = max(two * (one - limit) / (two - limit) - np.float32(1e-5), 1e-30)
   for t in numba.prange(threads):
     overlap = np.zeros(-(-n // _SPAN) * _SPAN, np.float32)
-    for i in range(t, n, threads):
+    for i in range(own[0] + t * own[1], n, threads * own[1]):
       add_overlaps(i, i, rows, columns, overlap)
       count = 0
       for begin in range(i // _SPAN * _SPAN, n, _SPAN):

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
 from unreid_jax.arrays import compiled
+from unreid_jax.pseudo_labels import shares
 
 
 def reciprocal_distances(
@@ -23,13 +24,16 @@ def reciprocal_distances(
   half = min(half, k)
   features = np.ascontiguousarray(features, np.float32)
   lists = np.ascontiguousarray(indices, np.int32), _positions(indices)
-  given = numba.get_num_threads(), lists, half, features, distances
+  threads, own = numba.get_num_threads(), shares.own_rows()
+  given = own, threads, lists, half, features, distances
   counts, none = np.zeros(n, np.int32), np.empty(0, np.int32)
   _write_sets(*given, counts, none, np.empty(0, np.float32))
+  shares.add_up(counts)
   indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
   columns = np.empty(indptr[-1], np.int32)
   data = np.empty(indptr[-1], np.float32)
   _write_sets(*given, indptr, columns, data)
+  shares.complete(indptr[:-1], counts, (columns, data))
   return csr_array((data, columns, indptr), (n, n))
 
 
@@ -69,9 +73,9 @@ def _positions(indices):
 
 @compiled(parallel=True)
 def _write_sets(
-  threads, lists, half, features, distances, starts, columns, data
+  own, threads, lists, half, features, distances, starts, columns, data
 ):
-  """Writes each row's set, and the distances to it, to starts[i] and after.
+  """Writes own rows' sets, and the distances to them, to starts[i] and after.
 
   If there is no room for any, it writes the size of the set to starts[i].
   """
@@ -81,7 +85,7 @@ def _write_sets(
     place = np.full(n, -1, np.int16)
     chosen = np.zeros(n, np.bool_)
     found = np.empty(k + k * half, np.int32)
-    for i in range(t, n, threads):
+    for i in range(own[0] + t * own[1], n, threads * own[1]):
       for c in range(k):
         place[indices[i, c]] = c
       count = _expand(i, indices, positions, half, place, chosen, found)
