@@ -3,11 +3,12 @@
   python benchmarks/train_step.py --arch=resnet50 --batch=32 --height=256 \
       --width=128 [--dtype=bfloat16] [--steps=5]
 
-The step takes uint8 images, encodes them (ResNet, last stride 1, average
-pooling, BN neck), compares the unit features with 700 centroids (cross-entropy,
-temperature .05), and updates all weights by Adam with weight decay. Ours is the
-library's own train step with that loss as its method. Each contender runs in a
-process of its own, one after the other, for --rounds rounds, and its fastest
+The step takes uint8 images, encodes them (last stride 1, average pooling or the
+class token, BN neck), compares the unit features with 700 centroids
+(cross-entropy, temperature .05), and updates all weights by Adam with weight
+decay. Ours is the library's own train step with that loss as its method.
+PyTorch runs as it is, with channels last, and that compiled. Each contender has
+a process of its own, one after the other, for --rounds rounds, and its fastest
 round counts. Utilisation is the share of what a large matrix product of the
 same type reaches on this device in the same process. PyTorch is left out where
 it is not installed. Memory is the device's peak, on a CPU the process's.
@@ -26,7 +27,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 CENTROIDS, TEMPERATURE, LR, DECAY = 700, 0.05, 3.5e-4, 5e-4
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+ARCHS = (
+  "resnet18", "resnet34", "resnet50", "efficientnet_lite0", "vit_small"
+)  # fmt: skip
+FORMS = "eager", "channels_last", "compiled"  # of PyTorch
 
 
 def time_steps(step, wait, args) -> float:
@@ -76,7 +80,12 @@ def run_jax(args) -> dict:
       "batch_size": args.batch,
       "num_devices": 1,
       "dataset": {"height": args.height, "width": args.width},
-      "encoder": {"arch": args.arch, "dtype": args.dtype},
+      "encoder": {
+        "arch": args.arch,
+        "dtype": args.dtype,
+        "width": args.channels,
+        "pooling": "token" if args.arch.startswith("vit") else "avg",
+      },
       "augment": {"flip": False, "pad": 0, "erase_probability": 0.0},
       "optim": {"lr": LR, "weight_decay": DECAY, "milestones": ()},
     }
@@ -122,51 +131,19 @@ def run_jax(args) -> dict:
 
 
 def run_torch(args) -> dict:
-  """The same network, loss and optimizer in PyTorch, eager or compiled."""
+  """The same network, loss and optimizer in PyTorch, in one of its forms."""
   import torch
-  from torch import nn
   from torch.nn import functional as F
 
+  from benchmarks import torch_networks
+
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  depth = int(args.arch.removeprefix("resnet"))
-  expansion = 4 if depth >= 50 else 1
-
-  def conv(inputs, outputs, size, stride=1, relu=True):
-    layers = [
-      nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False),
-      nn.BatchNorm2d(outputs),
-    ]
-    return [*layers, nn.ReLU(inplace=True)] if relu else layers
-
-  class Block(nn.Module):
-    def __init__(self, inputs, channels, stride):
-      super().__init__()
-      outputs = channels * expansion
-      if expansion == 4:
-        body = conv(inputs, channels, 1) + conv(channels, channels, 3, stride)
-        body += conv(channels, outputs, 1, relu=False)
-      else:
-        body = conv(inputs, channels, 3, stride)
-        body += conv(channels, outputs, 3, relu=False)
-      self.body = nn.Sequential(*body)
-      self.shortcut = nn.Identity()
-      if inputs != outputs or stride != 1:
-        self.shortcut = nn.Sequential(
-          *conv(inputs, outputs, 1, stride, relu=False)
-        )
-
-    def forward(self, x):
-      return F.relu(self.body(x) + self.shortcut(x))
-
-  layers, inputs = [*conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64
-  for stage, blocks in enumerate(BLOCKS[depth]):
-    for i in range(blocks):
-      stride = 2 if i == 0 and stage in (1, 2) else 1
-      layers.append(Block(inputs, 64 * 2**stage, stride))
-      inputs = 64 * 2**stage * expansion
-  layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(inputs)]
-  net = nn.Sequential(*layers).to(device)
-  net[-1].bias.requires_grad_(False)
+  size = args.height, args.width
+  is_eager = args.only == "eager"
+  layout = torch.contiguous_format if is_eager else torch.channels_last
+  net = torch_networks.make(args.arch, args.channels, size)
+  net = net.to(device, memory_format=layout)
+  inputs = net[-1].num_features
   bank = F.normalize(torch.randn(CENTROIDS, inputs, device=device))
   optimizer = torch.optim.Adam(
     [p for p in net.parameters() if p.requires_grad], LR, weight_decay=DECAY
@@ -179,6 +156,7 @@ def run_torch(args) -> dict:
 
   def loss_of(images):
     x = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=layout)
     with torch.autocast(device, torch.bfloat16, args.dtype == "bfloat16"):
       features = F.normalize(net(x).float())
     return F.cross_entropy(features @ bank.T / TEMPERATURE, labels)
@@ -214,14 +192,15 @@ def resident() -> int:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--arch", default="resnet50", help="resnet18, 34, 50")
+  parser.add_argument("--arch", default="resnet50", choices=ARCHS)
+  parser.add_argument("--channels", type=float, default=1.0, help="times these")
   parser.add_argument("--batch", type=int, default=32)
   parser.add_argument("--height", type=int, default=256)
   parser.add_argument("--width", type=int, default=128)
   parser.add_argument("--dtype", default="float32", help="or bfloat16")
   parser.add_argument("--steps", type=int, default=3)
   parser.add_argument("--rounds", type=int, default=2)
-  parser.add_argument("--only", choices=["jax", "eager", "compiled"])
+  parser.add_argument("--only", choices=["jax", *FORMS])
   args = parser.parse_args()
   if args.only:
     result = run_jax(args) if args.only == "jax" else run_torch(args)
@@ -229,7 +208,7 @@ def main() -> None:
     return
   names = ["jax"]
   if importlib.util.find_spec("torch"):
-    names += ["eager", "compiled"]
+    names += FORMS
   runs = {name: [] for name in names}
   for _ in range(args.rounds):
     for name in names:
