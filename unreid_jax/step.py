@@ -127,7 +127,7 @@ def compile_step(parts: Parts, state: TrainState, key: Array) -> Callable:
   step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=out)
   step = step.lower(state, rows, key)
   # XLA would run operations side by side on a CPU, each of which has work for
-  # all threads: a tenth slower, and with a third more memory.
+  # all threads, which takes a tenth longer.
   alone = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
   try:
     return step.compile(alone if jax.default_backend() == "cpu" else None)
