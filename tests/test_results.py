@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import cluster_contrast, dhcl_hnm
 from unreid_jax import UserError, about, published, results
@@ -123,7 +124,7 @@ def test_the_recipe_of_a_figure(arguments, changes, mAP):
   config = cluster_contrast.get_config(arguments)
   weights = {"encoder.pretrained": "x.pth"}
   config.update_from_flattened_dict(weights | changes)
-  figure, reason = published.find(dict(results._leaves(config.to_dict())))
+  figure, reason = published.find(flatten_dict(config.to_dict(), sep="."))
   assert (figure and figure.mAP) == mAP and bool(reason) == (mAP is None)
 
 

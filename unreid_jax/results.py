@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from unreid_jax import UserError, values
 from unreid_jax.config import kinds
 from unreid_jax.published import find
@@ -73,7 +75,7 @@ def read_run(path: str) -> Run | str:
   workdir = Workdir(path)
   if not workdir.metrics.exists():
     return "holds no run"
-  settings = dict(_leaves(workdir.stored_config()))
+  settings = flatten_dict(workdir.stored_config(), sep=".")
   if missing := [key for key in _NEEDED if key not in settings]:
     return f"of an earlier version, without {missing[0]}"
   weights = pathlib.Path(settings["encoder.pretrained"])
@@ -187,14 +189,6 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def _line(cells):
   return f"| {' | '.join(str(x).replace('|', '/') for x in cells)} |\n"
-
-
-def _leaves(section, prefix=""):
-  for key, value in section.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jinja2
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
@@ -210,14 +211,8 @@ def _map(encoder, dataset, labels, batch_size) -> _Mapped:
 def _card(encoder, config) -> Part:
   """What ran: the code, the machine, and every key of the config."""
   made_by = encoder.card.get("made_by", {})
+  known = [(key, x) for key, x in made_by.items() if x is not None]
   plain = json.loads(json.dumps(config.to_dict()))
-  body = [*made_by.items(), *_leaves(plain)]
+  keys = sorted(flatten_dict(plain, sep=".").items())
+  body = [*known, *((key, json.dumps(x)) for key, x in keys)]
   return Part("card", "What ran", tables=[(("key", "value"), body)])
-
-
-def _leaves(section, prefix=""):
-  for key, value in sorted(section.items()):
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", json.dumps(value)
