@@ -14,9 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 # Many tests compile the same step, and several processes share it.
-os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="unreid_jax")
-)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  compiled = tempfile.TemporaryDirectory(prefix="unreid_jax")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
