@@ -193,7 +193,8 @@ def resident() -> int:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--arch", default="resnet50", choices=ARCHS)
-  parser.add_argument("--channels", type=float, default=1.0, help="times these")
+  thin = "a ResNet's channels, times this: a multiple of 1/8"
+  parser.add_argument("--channels", type=float, default=1.0, help=thin)
   parser.add_argument("--batch", type=int, default=32)
   parser.add_argument("--height", type=int, default=256)
   parser.add_argument("--width", type=int, default=128)
@@ -202,6 +203,11 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--only", choices=["jax", *FORMS])
   args = parser.parse_args()
+  is_resnet = args.arch.startswith("resnet")
+  if args.channels != 1 and not (
+    is_resnet and (8 * args.channels).is_integer()
+  ):
+    parser.error(f"--channels: {thin}")
   if args.only:
     result = run_jax(args) if args.only == "jax" else run_torch(args)
     print(json.dumps(result))

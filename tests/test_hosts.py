@@ -153,29 +153,37 @@ from unreid_jax.pseudo_labels import clustering, jaccard_distance, shares
 
 if PLACE in os.environ:
   peers.join()
-  shares._MOST = 2**12  # several pieces
+  shares._MOST, memory._PIECE = 2**12, 96  # several pieces
 rng = np.random.default_rng(0)
 people = rng.standard_normal((40, 16))[rng.integers(0, 40, 401)]
 features = people + 0.7 * rng.standard_normal(people.shape)
 features /= np.linalg.norm(features, axis=1, keepdims=True)
 features = features.astype(np.float32)
 hp = Hyperparameters(k1=12, eps=0.7, min_samples=3)
-labels = clustering.cluster(hp, features, np.zeros(401, int)).labels[0]
+cluster = lambda: clustering.cluster(hp, features, np.zeros(401, int)).labels[0]
+labels = cluster()
+dbscan, turn = clustering.dbscan, own if own != "one" else 0
+clustering.dbscan = lambda *given: np.roll(dbscan(*given), turn)
+decided = cluster()
+clustering.dbscan = dbscan
 mesh = sharding.make_mesh(4)
 with jax.set_mesh(mesh):
-  split = sharding.split_rows(mesh, features)
+  split = sharding.SplitRows.put(mesh, features)
   make = jax.jit(lambda x, labels: memory.centroids(x.array, labels, 200))
   bank = memory.to_host(make(split, labels), 200)
 jaccard = jaccard_distance(features, 12, 3)
 np.savez(
-  f"{here}/{own}.npz", labels=labels, bank=bank, data=jaccard.data,
-  indices=jaccard.indices, indptr=jaccard.indptr,
+  f"{here}/{own}.npz", labels=labels, decided=decided, bank=bank,
+  data=jaccard.data, indices=jaccard.indices, indptr=jaccard.indptr,
 )
 """
 
 
 def test_four_processes_share_the_labels_of_an_epoch(command, tmp_path):
-  """The distances, the labels and a bank of one process, bit by bit."""
+  """The distances, the labels and a bank of one process, bit by bit.
+
+  Where the processes would label differently, the first one decides.
+  """
   out, err = (run := command(LABELS, "--launch=4")).communicate(timeout=100)
   assert run.returncode == 0, out + err
   exec(LABELS, {"PLACE": "no place", "os": os, "here": tmp_path, "own": "one"})

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers import KEY, gives, make_batch, make_split, step_of
 
-from unreid_jax import UserError, memory, methods, sharding
+from unreid_jax import UserError, memory, methods, relabel, sharding
+from unreid_jax.state import shardings
 
 NAMES = [module.name for module in pkgutil.iter_modules(methods.__path__)]
 WRAPPED = [name for name in NAMES if methods.make(name).proxies is not None]
@@ -33,10 +34,11 @@ def wrap(base):
 
 def make(name):
   """The method, or a toy wrapper around it if the name says so."""
-  name, _, is_wrapped = name.partition(" ")
+  name, _, variant = name.partition(" ")
   small = {"generator_width": 32} if name == "hngn" else {}
+  small |= {"memory": "instances"} if variant == "instances" else {}
   method = methods.make(name, **small)
-  return wrap(method) if is_wrapped else method
+  return wrap(method) if variant == "wrapped" else method
 
 
 ALL = NAMES + [f"{name} wrapped" for name in WRAPPED]
@@ -112,6 +114,19 @@ def test_one_device_equals_eight(float64, name):
     if x.addressable_shards[0].data.size * 8 == x.size
   ]
   assert split, "no bank is split over the devices"
+
+
+@pytest.mark.parametrize("name", [*ALL, "hhcl instances"])
+def test_no_device_gets_all_features(name, collective_sizes):
+  """Reads the compiled refresh: what moves is one device's share at most."""
+  mesh = sharding.make_mesh(8)
+  with jax.set_mesh(mesh):
+    method, state, found = begin(name)
+    refresh = relabel.make_refresh(method, shardings(mesh, state))
+    given = relabel.split_rows(mesh, found.given, N)
+    refresh = refresh.lower(state, found.values, given, KEY)
+    sizes = collective_sizes(refresh.compile().as_text())
+  assert max(sizes, default=0) <= memory.capacity(N) // 8 * 32, sizes
 
 
 @pytest.mark.parametrize("name", ALL)

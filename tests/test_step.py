@@ -109,3 +109,20 @@ def test_parts_equal_the_batch(float64, name):
     assert "f64[1,8,8,32]" in program and "f64[8,8,8,32]" not in program
   for a, b in zip(*map(jax.tree.leaves, (whole, parted)), strict=True):
     assert np.linalg.norm(a - b) <= 1e-9 * max(np.linalg.norm(a), 0.1)
+
+
+def test_an_xla_that_does_not_know_the_option(monkeypatch, float64):
+  """The step is compiled without it."""
+  compile_it, given = jax.stages.Lowered.compile, []
+
+  def compile_strictly(lowered, options=None):
+    given.append(options)
+    if options:
+      raise jax.errors.JaxRuntimeError("No such compile option: 'xla_cpu_x'")
+    return compile_it(lowered)
+
+  with jax.set_mesh(sharding.make_mesh(1)):
+    parts, state, labels = begin("supervised", "first")
+  monkeypatch.setattr(jax.stages.Lowered, "compile", compile_strictly)
+  run(parts, state, labels, num_devices=1, micro_batches=1)
+  assert given[0] and given[1] is None

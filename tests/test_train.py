@@ -638,6 +638,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   assert start(broken).wait() == 0
   metrics = [(x / "metrics.jsonl").read_text() for x in (broken, unbroken)]
   assert metrics[0] == metrics[1]
+  assert "starts from random weights" in (unbroken / "log.txt").read_text()
   for a, b in zip(*map(saved_arrays, (broken, unbroken)), strict=True):
     np.testing.assert_array_equal(a, b)
 

@@ -7,10 +7,11 @@ products use the highest precision, so that a ranking does not depend on the
 accelerator. Banks, features and results are of one dtype.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from unreid_jax import sharding
@@ -19,6 +20,7 @@ from unreid_jax.sharding import AXIS, COPY, ROWS, P, constrain_rows, per_shard
 # The capacity of a bank must not depend on the number of devices, or a
 # checkpoint could not be read on another number: it is a multiple of this.
 ROW_MULTIPLE = 128
+_PIECE = 2**15  # rows of a bank that all devices hold for a moment
 _COLUMNS = P(None, AXIS)
 Bank = Float[Array, "k d"]
 Features = Float[Array, "b d"]
@@ -192,23 +194,18 @@ def centroids(
 
   It has `num_rows` rows or more, and those without a feature are zero. Features
   with a negative label are left out. The devices show each other their features
-  in turn, and each adds up those of its own rows: always in the order of the
-  images, and with room for one device's features at a time.
+  in turn, and each adds up those of its own rows: on CPUs always in the order
+  of the images.
   """
   k, num = capacity(num_rows), sharding.num_devices()
-  fill = 0, -len(labels) % num
-  labels = constrain_rows(jnp.pad(labels, fill, constant_values=-1))
-  features = constrain_rows(jnp.pad(features, (fill, (0, 0))))
+  labels = _fill(labels, num, -1)
+  features = _fill(features, num, 0)
 
   def shard(features, labels):
-    def show(x, turn):
-      is_turn = lax.axis_index(AXIS) == turn
-      return lax.psum(jnp.where(is_turn, x, 0), AXIS) if num > 1 else x
-
     def add(turn, sums):
-      own, local = _own_rows(show(labels, turn), len(sums))
+      own, local = _own_rows(_shown(labels, turn), len(sums))
       at = jnp.where(own, local, len(sums))
-      return sums.at[at].add(show(features, turn), mode="drop")
+      return sums.at[at].add(_shown(features, turn), mode="drop")
 
     empty = jnp.zeros((k // num, features.shape[1]), features.dtype)
     empty = lax.pcast(empty, AXIS, to="varying")
@@ -217,9 +214,57 @@ def centroids(
   return per_shard(shard, (ROWS, ROWS), ROWS)(features, labels)
 
 
+def pick(
+  features: Float[Array, "n d"], rows: Int[Array, "k *m"]
+) -> Float[Array, "k *m d"]:
+  """A bank of some of the features; a negative row gives zeros.
+
+  No device holds all features: see `centroids`. k is a bank's capacity.
+  """
+  num = sharding.num_devices()
+  features = _fill(features, num, 0)
+
+  def shard(features, rows):
+    def fetch(turn, picked):
+      local = rows - turn * len(features)
+      here = (local >= 0) & (local < len(features))
+      found = _shown(features, turn)[jnp.where(here, local, 0)]
+      return jnp.where(here[..., None], found, picked)
+
+    empty = jnp.zeros((*rows.shape, features.shape[1]), features.dtype)
+    empty = lax.pcast(empty, AXIS, to="varying")
+    return lax.fori_loop(0, num, fetch, empty)
+
+  return per_shard(shard, (ROWS, ROWS), ROWS)(features, rows)
+
+
 def to_host(bank: Bank, num_rows: int) -> np.ndarray:
   """Copies the first rows to every host: between epochs, not in a step."""
-  return multihost_utils.process_allgather(bank, tiled=True)[:num_rows]
+  if jax.process_count() == 1:
+    return np.asarray(bank)[:num_rows]
+  # A piece at a time, as each comes to every device first.
+  size = min(len(bank), _PIECE)
+  cut = lambda bank, start: lax.dynamic_slice_in_dim(bank, start, size)
+  cut = jax.jit(cut, out_shardings=NamedSharding(bank.sharding.mesh, COPY))
+  out = np.empty(bank.shape, bank.dtype)
+  for start in range(0, num_rows, size):
+    start = min(start, len(bank) - size)
+    out[start : start + size] = cut(bank, start)
+  return out[:num_rows]
+
+
+def _fill(array, num, value):
+  """Rows split over so many devices, filled up for that."""
+  pads = [(0, -len(array) % num)] + [(0, 0)] * (array.ndim - 1)
+  return constrain_rows(jnp.pad(array, pads, constant_values=value))
+
+
+def _shown(rows, turn):
+  """The rows of the device whose turn it is, on every device."""
+  if lax.axis_size(AXIS) == 1:
+    return rows
+  is_turn = lax.axis_index(AXIS) == turn
+  return lax.psum(jnp.where(is_turn, rows, 0), AXIS)
 
 
 def _own_rows(rows, num_local):

@@ -65,8 +65,8 @@ def plan(config: ConfigDict, num_images: int = 0) -> Plan:
   device["in a step: activations, gradients"] = (
     step.memory_analysis().temp_size_in_bytes
   )
-  # Of its share of the features a device holds three copies, while it shows
-  # them to the others.
+  # Beside its share of the features a device holds up to three more of that
+  # size, while the devices show each other theirs.
   copies = 4 if mesh.size > 1 else 1
   device["at an epoch's start: features, new banks"] = (
     host["features of all images"] // mesh.size * copies

@@ -4,37 +4,41 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PyTree
 
 from unreid_jax import UserError, encode, sharding
 from unreid_jax.data import Split
-from unreid_jax.methods import Labels
+from unreid_jax.methods import Labels, Method
 from unreid_jax.pseudo_labels.clustering import describe
-from unreid_jax.state import Parts, TrainState, shardings
+from unreid_jax.state import Parts, TrainState
 from unreid_jax.workdir.writer import Writer
 
 
-def make_refresh(parts: Parts, state: TrainState) -> Callable:
+def make_refresh(method: Method, out: PyTree) -> Callable:
   """The method's `refresh`, jitted once for the whole run.
 
-  What it is given of each image is split over the devices first.
+  Its third argument is what `split_rows` returns; `out` are the shardings of
+  the method's state.
   """
-  out, num = shardings(parts.mesh, state.method), len(state.labels)
   is_split = lambda x: isinstance(x, sharding.SplitRows)
 
-  def run(banks, labels, given, key):
+  def refresh(banks, labels, given, key):
     whole = lambda x: x.array if is_split(x) else x
     given = jax.tree.map(whole, given, is_leaf=is_split)
-    return parts.method.refresh(banks, labels, given, key)
+    return method.refresh(banks, labels, given, key)
 
-  run = jax.jit(run, out_shardings=out)
+  return jax.jit(refresh, out_shardings=out)
 
-  def refresh(banks, labels, given, key):
-    split = lambda x: sharding.split_rows(parts.mesh, x)
-    split_some = lambda x: split(x) if np.shape(x)[:1] == (num,) else x
-    return run(banks, labels, jax.tree.map(split_some, given), key)
 
-  return refresh
+def split_rows(mesh: Mesh, given: PyTree, num: int) -> PyTree:
+  """Splits arrays with a row for each of `num` images over the devices.
+
+  So none of them has the features of all images.
+  """
+  split = lambda x: sharding.SplitRows.put(mesh, x)
+  is_long = lambda x: np.shape(x)[:1] == (num,)
+  return jax.tree.map(lambda x: split(x) if is_long(x) else x, given)
 
 
 def relabel(
@@ -92,7 +96,8 @@ def relabel(
   if found.values.max() + 1 < num_ids:
     writer.log(f"  fewer clusters than a batch's {num_ids}: it repeats some")
   epoch_key = jax.random.fold_in(key, epoch)
-  banks = refresh(state.method, found.values, found.given, epoch_key)
+  given = split_rows(parts.mesh, found.given, len(found.values))
+  banks = refresh(state.method, found.values, given, epoch_key)
   labels = jax.device_put(found.values, state.labels.sharding)
   return state.replace(method=banks, labels=labels)
 

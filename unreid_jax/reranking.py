@@ -24,7 +24,8 @@ def rerank(
   As everywhere in the field, the original distance is the *fourth* power of the
   Euclidean one (squared distances are handed over and squared again), divided
   by the largest of its query over all queries and gallery images. Nothing else
-  of the size of the result is held.
+  of the size of the result is held. Of several JAX processes all must call it,
+  with the same features.
 
   Args:
     query: unit features of the queries.

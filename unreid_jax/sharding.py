@@ -87,17 +87,17 @@ class SplitRows:
   filled: jax.Array
   num: int = struct.field(pytree_node=False)
 
+  @classmethod
+  def put(cls, mesh: Mesh, array: np.ndarray) -> "SplitRows":
+    """Splits an array of any length; each process copies only its own part."""
+    num = len(array)
+    rows = np.minimum(np.arange(-(-num // mesh.size) * mesh.size), num - 1)
+    return cls(put_rows(mesh, array, rows), num)
+
   @property
   def array(self) -> jax.Array:
     """The array itself; for use in a jitted function."""
     return self.filled[: self.num]
-
-
-def split_rows(mesh: Mesh, array: np.ndarray) -> SplitRows:
-  """Puts an array of any length; each process copies only its own part."""
-  num = len(array)
-  rows = np.minimum(np.arange(-(-num // mesh.size) * mesh.size), num - 1)
-  return SplitRows(put_rows(mesh, array, rows), num)
 
 
 def batches(

@@ -33,6 +33,7 @@ from unreid_jax.state import (
   first_state,
   keys,
   make_parts,
+  shardings,
 )
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
@@ -67,8 +68,9 @@ def train(config: ConfigDict, path: str, profile: int = 0) -> None:
     key, method_key = jax.device_put(keys(config.seed), copies)
     step, end = int(state.step), run.end
     train_step = compile_step(run.parts, state, key) if step < end else None
-    refresh = make_refresh(run.parts, state)
-    trace = stack.enter_context(Trace(Workdir(path), step + 1, profile))
+    out = shardings(run.parts.mesh, state.method)
+    refresh = make_refresh(run.parts.method, out)
+    trace = stack.enter_context(Trace(run.writer.workdir, step + 1, profile))
     run.preemption.defer()
     stop = False
     while step < end and not stop:
@@ -114,11 +116,11 @@ class Run(NamedTuple):
     return self.config.epochs * self.config.steps_per_epoch
 
   def is_due(self, what: str, step: int) -> bool:
-    """Whether an evaluation, a checkpoint or a log line is."""
+    """Whether to "evaluate" or to write a "checkpoint" after this step."""
     return step == self.end or step % self.every(what) == 0
 
   def every(self, what: str) -> int:
-    """After how many steps it is."""
+    """After how many steps this is done again: as above, or "log"."""
     return self.config[f"{what}_every"] or self.end
 
 
@@ -140,13 +142,11 @@ def _open(
   if not earlier:
     check_weights(config)
   writer = stack.enter_context(Writer(workdir))
-  dataset = _load(config)
-  num = len(dataset.train.images)
+  dataset, images = _load(config)
+  num = images["number"]
   steps_per_epoch = config.steps_per_epoch or num // config.batch_size
   parts = make_parts(resolve(config, steps_per_epoch))
-  card = parts.card | {"train_images": fingerprint(dataset.train)}
-  splits = zip(data.Dataset._fields, dataset, strict=True)
-  peers.agree({f"the {k} images": x and fingerprint(x) for k, x in splits})
+  card = parts.card | {"train_images": images}
   if earlier:
     check_same_images(read_card(earlier), card, earlier)
   # Not earlier: Orbax tidies up in a thread, which a quick exit would hit.
@@ -167,8 +167,8 @@ def _open(
   return run, state
 
 
-def _load(config: ConfigDict) -> data.Dataset:
-  """The data set, if it can be trained on."""
+def _load(config: ConfigDict) -> tuple[data.Dataset, dict[str, int]]:
+  """A data set that can be trained on, and the train images' fingerprint."""
   dataset = data.load(**config.dataset)
   if dataset.train is None:
     raise UserError(
@@ -181,7 +181,10 @@ def _load(config: ConfigDict) -> data.Dataset:
       f"{num} train images are fewer than batch_size={config.batch_size}: "
       "lower batch_size"
     )
-  return dataset
+  splits = zip(data.Dataset._fields, dataset, strict=True)
+  prints = {name: split and fingerprint(split) for name, split in splits}
+  peers.agree({f"the {name} images": x for name, x in prints.items()})
+  return dataset, prints["train"]
 
 
 def _begin(run: Run, state: TrainState) -> None:

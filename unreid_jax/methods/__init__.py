@@ -60,8 +60,8 @@ class Labels(NamedTuple):
   Attributes:
     values: the label of each image, int32, from 0; -1 is an outlier, which is
       not trained on.
-    given: a pytree of arrays that `label` hands over to `refresh`, such as
-      the features that the labels were made of.
+    given: a pytree of arrays on the host that `label` hands over to `refresh`,
+      such as the features that the labels were made of.
     figures: numbers to be reported, by name.
     seconds: how long each part took, by name.
     notes: lines that a user should read.

@@ -115,8 +115,7 @@ def refresh(hp: Hyperparameters, state: State, labels, given, key) -> State:
     place = (jnp.cumsum(sizes) - sizes)[:, None]
     chosen = jnp.floor(draws * sizes[:, None].astype(draws.dtype))
     chosen = order[jnp.minimum(place + chosen.astype(int), len(order) - 1)]
-    exists = (sizes > 0)[:, None, None]
-    hard = memory.create(jnp.where(exists, given[chosen], 0))
+    hard = memory.pick(given, jnp.where(sizes[:, None] > 0, chosen, -1))
   return state.replace(
     centroids=centroids, hard=hard, num_clusters=jnp.max(labels) + 1
   )

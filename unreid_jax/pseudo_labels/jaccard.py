@@ -37,6 +37,9 @@ def jaccard_distance(
 ) -> csr_array:
   """Jaccard distances of the k-reciprocal neighbourhoods of all images.
 
+  Several JAX processes share the work: all must call it, with the same
+  features.
+
   Args:
     features: unit features.
     k1: how many neighbours an image has, itself included; all images if there
@@ -74,7 +77,8 @@ def jaccard_from_neighbors(
   """As `jaccard_distance`, from the result of the search for k1 neighbours.
 
   It need not be ours: of each image there are squared distances and rows, the
-  nearest first. The image itself must be among them, and no row twice.
+  nearest first. The image itself must be among them, and no row twice. Of
+  several JAX processes all must call it, with the same.
   """
   features = as_features(features)
   distances, indices = _check_neighbors(distances, indices)

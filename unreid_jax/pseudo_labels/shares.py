@@ -56,7 +56,8 @@ def complete(
   for process in range(processes):
     of = counts[process::processes]
     first = starts[process::processes] - (np.cumsum(of) - of)
-    places.append(np.repeat(first, of) + np.arange(of.sum()))
+    place = np.repeat(first, of) + np.arange(of.sum())
+    places.append(place.astype(np.int32))
   most = max(map(len, places))
   fill = lambda x: np.resize(x[places[own]], most)
   for some, parts in gather(*map(fill, arrays)):
