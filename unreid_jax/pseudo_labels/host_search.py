@@ -76,7 +76,8 @@ def _offer(products, i, j, squared, best, rows, farthest):
     farthest[a] = max(farthest[a], far)
   if i == j:
     return
-  columns = np.empty((_SPAN, m), products.dtype)
+  # Rows a power of two apart would share the lines of the processor's cache.
+  columns = np.empty((_SPAN, m + 16), products.dtype)
   for start in range(0, n, _SPAN):
     width = min(_SPAN, n - start)
     for r in range(m):
@@ -84,7 +85,8 @@ def _offer(products, i, j, squared, best, rows, farthest):
         columns[c, r] = products[r, start + c]
     for c in range(width):
       a = j + start + c
-      far = _offer_to(columns[c], squared[a], down, i, best[a], rows[a])
+      column = columns[c, :m]
+      far = _offer_to(column, squared[a], down, i, best[a], rows[a])
       farthest[a] = max(farthest[a], far)
 
 
