@@ -23,8 +23,12 @@ import torch_twin
 from test_train import cluster_config, tiny_config, tiny_split
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "float64", "exact_pixels")
-CHANNELS, GROUP, STEPS = 8, 8, 12
-LABELS = np.arange(64, dtype=np.int32) // 8
+CHANNELS, GROUP, STEPS = 8, 8, 20
+# Clusters of every size, one of a single image, and four outliers.
+SIZES = {-1: 4, 0: 13, 1: 1, 2: 2, 3: 9, 4: 8, 5: 16, 6: 4, 7: 7}
+LABELS = np.random.default_rng(2).permutation(
+  np.repeat(np.int32(list(SIZES)), list(SIZES.values()))
+)
 SPLIT = tiny_split(np.random.default_rng(0), 64)
 SPLIT = SPLIT._replace(
   images=np.random.default_rng(1).choice(np.uint8([0, 255]), (64, 32, 16, 3))
@@ -211,14 +215,17 @@ class Pair:
     if name == "selective":
       given = {"features": given, "camids": SPLIT.camids}
     refresh = jax.jit(parts.method.refresh)
-    banks = refresh(state.method, LABELS, given, self.key)
+    self.labels = LABELS.copy()
+    if name == "spcl":  # an outlier is a class of its own
+      self.labels[LABELS < 0] = np.arange(8, 12)
+    banks = refresh(state.method, self.labels, given, self.key)
     state = state.replace(method=banks, **variables)
     self.state = jax.device_put(state, copies)
     self.step = step.compile_step(parts, self.state, self.key)
     self.start_twin(name, features, banks)
 
   def start_twin(self, name, features, banks):
-    arguments = [features, torch.from_numpy(LABELS).long()]
+    arguments = [features, torch.from_numpy(self.labels).long()]
     if name == "hhcl, instances":
       arguments.append(torch.tensor(np.asarray(banks.hard)[:8]))
     if name == "selective":
@@ -233,13 +240,14 @@ class Pair:
   def run(self, rows):
     """One step of both; the two losses."""
     arrays = {"images": SPLIT.images, "camids": SPLIT.camids}
-    arrays |= {"labels": LABELS, "indices": np.arange(64, dtype=np.int32)}
+    arrays |= {"labels": self.labels}
+    arrays |= {"indices": np.arange(64, dtype=np.int32)}
     batch = {
       k: sharding.put_rows(self.parts.mesh, x, rows) for k, x in arrays.items()
     }
     self.state, figures = self.step(self.state, batch, self.key)
     images = to_torch(self.parts.card, SPLIT.images[rows])
-    ids = (torch.from_numpy(x[rows]) for x in (LABELS, SPLIT.camids))
+    ids = (torch.from_numpy(x[rows]) for x in (self.labels, SPLIT.camids))
     labels, camids = ids
     self.optimizer.zero_grad()
     features = in_chunks(self.net, images)
@@ -282,16 +290,18 @@ def soon_compiled(monkeypatch, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training(name, soon_compiled):
-  """One step agrees in all there is, and twelve stay together.
+  """One step agrees in all there is, and twenty stay together.
 
-  Adam's moments after the first step are the gradients with their decay.
+  Adam's moments after the first step are the gradients with their decay. A
+  batch has four images of a cluster, some of them twice where it is smaller.
   """
   rng = np.random.default_rng(0)
   with jax.set_mesh(sharding.make_mesh(1)):
     pair, losses = Pair(name), []
     for i in range(STEPS):
-      classes = rng.permutation(8)[:4]
-      rows = [c * 8 + rng.permutation(8)[:4] for c in classes]
+      classes = rng.permutation(pair.labels.max() + 1)[:4]
+      images = [np.flatnonzero(pair.labels == c) for c in classes]
+      rows = [rng.choice(x, 4, replace=len(x) < 4) for x in images]
       losses.append(pair.run(np.concatenate(rows)))
       if i == 0:
         pair.check(1e-10)
