@@ -62,6 +62,8 @@ def test_seeds_are_averaged_and_compared(tmp_path, capsys):
   assert row == {
     "method": "cluster_contrast", "data set": "market1501",
     "encoder": "resnet50, gem, 256x128, r50.pth", "seeds": "2, 11",
+    "before mAP": "99.0", "before mAP sd": "0.0",
+    "before R1": "99.0", "before R1 sd": "0.0",
     "last mAP": "81.0", "last mAP sd": "1.4",
     "last R1": "91.0", "last R1 sd": "1.4",
     "best mAP": "82.0", "best mAP sd": "2.8",
@@ -75,7 +77,24 @@ def test_seeds_are_averaged_and_compared(tmp_path, capsys):
   results.main([first, second])
   head, rule, line = capsys.readouterr().out.splitlines()
   assert " 81.0 ± 1.4 | 91.0 ± 1.4 | 82.0 ± 2.8 " in line
-  assert head.count("|") == rule.count("|") == line.count("|") == 19
+  assert head.count("|") == rule.count("|") == line.count("|") == 21
+
+
+def test_what_all_rows_share_is_said_once(tmp_path, capsys):
+  """In Markdown, where a dozen columns of one value hide the others."""
+  runs = [
+    write_run(tmp_path / "a", market(0), {90: (0.5, 0.6)}),
+    write_run(tmp_path / "b", market(0, batch_size=128), {90: (0.4, 0.6)}),
+  ]
+  lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines(True)
+  (tmp_path / "b" / "metrics.jsonl").write_text("".join(lines[1:]))
+  results.main(runs)
+  head, _, first, second, empty, shared = capsys.readouterr().out.splitlines()
+  assert "| before mAP |" in head and "| last mAP |" in head and not empty
+  assert "| 99.0 |" in first and "| not measured |" in second
+  assert "method" not in head and "last R1" not in head
+  assert "method: cluster_contrast" in shared
+  assert "last R1, best R1: 60.0; " in shared
 
 
 def test_what_is_not_alike_is_not_averaged(tmp_path, capsys):

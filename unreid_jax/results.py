@@ -4,8 +4,9 @@
   python -m unreid_jax.results --format=csv runs/* > table.csv
 
 Runs that differ in nothing but their seeds are one row: mean and standard
-deviation, in percent. "Best" is the best epoch on the test set, which is what
-the authors publish too, so that it is what the difference is taken of.
+deviation, in percent. "Before" is the encoder before training; "best" the best
+epoch on the test set, which is what the authors publish too, so that it is what
+the difference is taken of. Markdown has what all rows share beneath the table.
 """
 
 import argparse
@@ -44,6 +45,7 @@ class Run:
   """A finished run: its config by full paths of keys, scores, sessions."""
 
   settings: Mapping[str, Any]
+  before: Mapping[str, Any] | None
   last: Mapping[str, Any]
   best: Mapping[str, Any]
   sessions: Sequence[Mapping[str, Any]]
@@ -85,11 +87,13 @@ def read_run(path: str) -> Run | str:
     step, end = sessions[-1]["step"], sessions[-1]["end"]
     return f"stopped after step {step:,} of {end:,}"
   lines = read_metrics(workdir.metrics)
-  scores = [x for x in lines if x["kind"] == "evaluate" and x["step"]]
+  lines = [x for x in lines if x["kind"] == "evaluate"]
+  scores = [x for x in lines if x["step"]]
   if not scores:
     return "no score of a trained encoder"
+  before = next((x for x in lines if not x["step"]), None)
   best = max(scores, key=lambda x: x["mAP"])
-  return Run(settings, scores[-1], best, sessions)
+  return Run(settings, before, scores[-1], best, sessions)
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
@@ -107,25 +111,37 @@ def _row(runs, groups) -> Row:
   row = {"method": method, "data set": dataset, "encoder": encoder}
   seeds = sorted(run.settings["seed"] for run in runs)
   row["seeds"] = ", ".join(map(str, seeds))
-  for which in ("last", "best"):
+  for which in ("before", "last", "best"):
+    lines = [x for run in runs if (x := getattr(run, which))]
     for score in _SCORES:
-      values = [100 * getattr(run, which)[score] for run in runs]
-      mean, sd = statistics.fmean(values), "one run"
-      if len(values) > 1:
-        sd = f"{statistics.stdev(values):.1f}"
-      row |= {f"{which} {score}": f"{mean:.1f}", f"{which} {score} sd": sd}
-  figure, reason = find(runs[0].settings)
-  for score in _SCORES:
-    theirs = figure and getattr(figure, score)
-    row[f"published {score}"] = f"{theirs:.1f}" if figure else reason
-  for score in _SCORES:
-    ours = statistics.fmean(100 * run.best[score] for run in runs)
-    theirs = figure and getattr(figure, score)
-    row[f"{score} difference"] = f"{ours - theirs:+.1f}" if figure else reason
-  row["source"] = figure.source if figure else reason
+      mean, sd = _spread([100 * x[score] for x in lines])
+      row |= {f"{which} {score}": mean, f"{which} {score} sd": sd}
+  row |= _comparison(runs)
   row |= _circumstances(runs)
   row["other settings"] = _others(runs[0], groups)
   return row
+
+
+def _spread(values: Sequence[float]) -> tuple[str, str]:
+  """Mean and standard deviation, or why there is none."""
+  if not values:
+    return "not measured", "not measured"
+  mean = f"{statistics.fmean(values):.1f}"
+  return mean, f"{statistics.stdev(values):.1f}" if values[1:] else "one run"
+
+
+def _comparison(runs) -> Row:
+  """The published figure and the best epochs' distance from it."""
+  columns = [f"published {x}" for x in _SCORES]
+  columns += [f"{x} difference" for x in _SCORES] + ["source"]
+  figure, reason = find(runs[0].settings)
+  if not figure:
+    return dict.fromkeys(columns, "no figure") | {columns[0]: reason}
+  theirs = [getattr(figure, x) for x in _SCORES]
+  ours = [statistics.fmean(100 * run.best[x] for run in runs) for x in _SCORES]
+  cells = [f"{x:.1f}" for x in theirs]
+  cells += [f"{x - y:+.1f}" for x, y in zip(ours, theirs, strict=True)]
+  return dict(zip(columns, [*cells, figure.source], strict=True))
 
 
 def _circumstances(runs) -> Row:
@@ -165,17 +181,33 @@ def _others(run, groups) -> str:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-  """A table of Markdown, with mean and deviation in one cell."""
-  lines = []
-  for row in rows:
-    cells = {k: v for k, v in row.items() if not k.endswith(" sd")}
-    for key in cells:
-      if (sd := row.get(f"{key} sd", "one run")) != "one run":
-        cells[key] += f" ± {sd}"
-    if not lines:
-      lines += [_line(cells), _line("---" for _ in cells)]
-    lines.append(_line(cells.values()))
+  """A table of Markdown, with mean and deviation in one cell.
+
+  A column of one value is no column, but in a sentence beneath the table.
+  """
+  cells = [
+    {key: _with_deviation(row, key) for key in row if not key.endswith(" sd")}
+    for row in rows
+  ]
+  shared = {}
+  for key in cells[0] if cells[1:] else ():
+    if len(found := {row[key] for row in cells}) == 1:
+      shared.setdefault(found.pop(), []).append(key)
+  hidden = {key for keys in shared.values() for key in keys}
+  cells = [{k: x for k, x in row.items() if k not in hidden} for row in cells]
+  lines = [_line(row.values()) for row in cells]
+  if lines:
+    lines = [_line(cells[0]), _line("---" for _ in cells[0]), *lines]
+  if shared:
+    each = (f"{', '.join(keys)}: {value}" for value, keys in shared.items())
+    lines.append(f"\nThe same in all rows: {'; '.join(each)}.\n")
   return "".join(lines)
+
+
+def _with_deviation(row, key) -> str:
+  deviation = row.get(f"{key} sd", "")
+  is_figure = deviation.replace(".", "").isdigit()
+  return f"{row[key]} ± {deviation}" if is_figure else row[key]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
