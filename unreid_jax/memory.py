@@ -34,8 +34,7 @@ def capacity(num_rows: int) -> int:
 
 def create(values: Float[Array, "n ..."]) -> Float[Array, "k ..."]:
   """A bank that begins with these rows; the rows beyond them are zero."""
-  pads = [(0, capacity(len(values)) - len(values))]
-  return constrain_rows(jnp.pad(values, pads + [(0, 0)] * (values.ndim - 1)))
+  return _fill(values, ROW_MULTIPLE, 0)
 
 
 def normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -253,9 +252,9 @@ def to_host(bank: Bank, num_rows: int) -> np.ndarray:
   return out[:num_rows]
 
 
-def _fill(array, num, value):
-  """Rows split over so many devices, filled up for that."""
-  pads = [(0, -len(array) % num)] + [(0, 0)] * (array.ndim - 1)
+def _fill(array, multiple, value):
+  """Rows split over the devices, filled up to a multiple of a number."""
+  pads = [(0, -len(array) % multiple)] + [(0, 0)] * (array.ndim - 1)
   return constrain_rows(jnp.pad(array, pads, constant_values=value))
 
 
