@@ -248,13 +248,15 @@ def test_without_outliers_they_change_nothing(name):
   assert len(np.unique(pairs, axis=1).T) == kept.max() + 1
   rows = np.flatnonzero(~alone)[:8]
   batch = make_batch(rows, found.values[rows])
-  of_step = jax.value_and_grad(
-    lambda x, state: method.step(state, x, batch, KEY)[0]
+  loss_of = lambda x, state: method.step(state, x, batch, KEY)[0]
+  of_step, refresh = (
+    jax.jit(jax.value_and_grad(loss_of)),
+    jax.jit(method.refresh),
   )
   outs = []
   for other in features, np.where(alone[:, None], features[::-1], features):
     given = dict(found.given) | {"features": other}
-    state = jax.jit(method.refresh)(state, found.values, given, KEY)
+    state = refresh(state, found.values, given, KEY)
     outs.append(of_step(features[rows], state))
   for a, b in zip(*map(jax.tree.leaves, outs), strict=True):
     np.testing.assert_array_equal(a, b)
