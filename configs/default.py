@@ -13,8 +13,8 @@ from unreid_jax import UserError, methods, values
 def parse(arguments: str, *recipes: str) -> tuple[str, str]:
   """The data set in "DATASET" or "DATASET,SIZE", and the size.
 
-  Sizes are "small", which is also synthetic's own, "lite", and "": published.
-  A config may have recipes besides.
+  A size is "small", "lite" or one of a config's own recipes. Without one it is
+  "", which is the published recipe; synthetic's, which has none, is "small".
   """
   dataset, _, size = arguments.partition(",")
   sizes = "small", "lite", *recipes

@@ -18,13 +18,13 @@ Its parts, one by one:
   --config.method.recluster=features  clusters of freshly extracted features, as
                                       in the small configs; or memory
 
-We have not run it on real data; it would need ImageNet weights as well:
---config.encoder.pretrained=resnet50.pth.
+We have not run this recipe: it needs its data, and ImageNet weights:
+--config.encoder.pretrained=resnet50.pth. DATASET,lite is in docs/results.md.
 """
 
 from configs import spcl
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET", with SpCL's recipe, or "DATASET,small"."""
+  """The config for "DATASET", with SpCL's recipe, or "DATASET,SIZE"."""
   return spcl.get_config(arguments, "dhcl_hnm")

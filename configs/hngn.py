@@ -21,8 +21,8 @@ Its parts, one by one:
   --config.method.identity_weight=0           collapses, unless radius is .5
   --config.method.alternate=epoch '--config.method.generator_steps=1 epoch'
 
-We have not run it on real data; it would need ImageNet weights as well:
---config.encoder.pretrained=resnet50.pth.
+We have not run this recipe: it needs its data, and ImageNet weights:
+--config.encoder.pretrained=resnet50.pth. DATASET,lite is in docs/results.md.
 """
 
 import importlib
@@ -34,7 +34,7 @@ from unreid_jax import methods
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET" or "DATASET,small", with ",METHOD" over another.
+  """The config for "DATASET" or "DATASET,SIZE", with ",METHOD" over another.
 
   METHOD is any config whose method can be wrapped, such as hhcl.
   """

@@ -14,7 +14,7 @@ from configs import default
 
 
 def get_config(arguments: str = "synthetic,small"):
-  """The config for "DATASET", or "DATASET,small"."""
+  """The config for "DATASET" or "DATASET,SIZE"."""
   dataset, size = default.parse(arguments)
   config = default.get_config("supervised", dataset)
   config.encoder.pooling = "gem"

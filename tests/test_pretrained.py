@@ -138,6 +138,7 @@ def test_mistakes_name_the_weight(encoders):
     ({"heads.bottleneck.1.bias": np.zeros(8)}, "is of an embedding layer"),
     ({"module.backbone.NL_2.0.W": np.zeros(8)}, "NL_2.0.W is of a non-local"),
     ({"module.base.3.0.conv1.weight": np.zeros(8)}, "without a ReLU after"),
+    ({"fc.0.weight": np.zeros(8)}, r"fc\.0\.weight is of an embedding layer"),
   ):
     with pytest.raises(UserError, match=message):
       pretrained.from_torch(state | changes, *encoder)
@@ -196,6 +197,10 @@ def _header(header: bytes, data=b"") -> bytes:
 
 
 _FLOAT8 = b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
+_F32 = b'{"a": {"dtype": "F32", "shape": [%s1], "data_offsets": [0, 4]}}'
+_EMPTY = (
+  b'{"a": {"dtype": "F32", "shape": [0, %d], "data_offsets": [0, 0]}}' % 2**63
+)
 _OTHER_FILES = {
   "empty.pth": (b"", "it is empty"),
   "page.pth": (
@@ -217,6 +222,11 @@ _OTHER_FILES = {
   "cut.safetensors": (_header(b'{"a": {', b"")[:-1], "or it is damaged"),
   "huge.safetensors": (b"\xff" * 7 + b"\x7f{}", "header too large"),
   "float8.safetensors": (_header(_FLOAT8, b"\0"), "safetensors of float32"),
+  "axes.safetensors": (
+    _header(_F32 % (b"1, " * 64), bytes(4)),
+    "or it is damaged",
+  ),
+  "axis.safetensors": (_header(_EMPTY, b""), "or it is damaged"),
   "list.pth": (b"\x80\2]q\0.", "a pickle that torch.save did not write"),
   "photos.pth": (b"PK\5\6" + bytes(18), "a zip that torch.save did not write"),
 }
@@ -246,6 +256,9 @@ def test_weights_that_pip_installs(encoders, tmp_path, monkeypatch):
   assert pretrained.read("efficientnet_lite1").keys() == (
     pretrained.read(golden).keys()
   )
+  (models / "another.pth").touch()
+  with pytest.raises(UserError, match=r"has 2 \.pth: install it again"):
+    pretrained.read("efficientnet_lite1")
 
 
 def test_no_file(tmp_path):

@@ -122,6 +122,7 @@ def test_nothing_is_run(path, tmp_path):
     "a pickle has a DUP": b"N2",
     "pickle has a EXT1": b"\x82\1)R",
     "pickle has a PERSID": b"P1\n",
+    "a kind that is not read": b"ctorch._utils\n_rebuild_qtensor\n)R",
   }
   for name, code in attacks.items():
     with pytest.raises(UserError, match=name.removeprefix("a ")):
@@ -158,12 +159,32 @@ def test_sizes_that_lie(path):
   for code in wrong:
     with pytest.raises(UserError, match="cut off or damaged"):
       torch_file.read(_write(path, {"a": code}))
-  # One number, seen as many; nothing is copied.
-  got = torch_file.read(_write(path, {"a": _tensor((2**40,), (0,))}))
-  assert got["a"].shape == (2**40,)
+  # One number, seen as many, whoever copies which; nothing is copied here.
+  got = torch_file.read(_write(path, {"a": _tensor((20,), (0,))}))
+  assert got["a"].strides == (0,)
+  with pytest.raises(UserError, match="larger than the file"):
+    torch_file.read(_write(path, {"a": _tensor((2**40,), (0,))}))
   for odd in (b"Nr\xff\xff\xff\xff", b"N" + b"\x85" * 50_000, b"]h\0a"):
     tree = {"a": _tensor(), "b": odd.replace(b"]h", b"]q\0h")}
     assert list(torch_file.read(_write(path, tree))) == ["a"]
+
+
+@pytest.mark.parametrize("build", [b"l", b"t"])
+def test_what_looks_huge_is_never_looked_at(path, build):
+  """A list or tuple that holds the one before twice, sixty times over."""
+  huge = b"".join(
+    b"(h%ch%c" % (i, i) + build + b"q%c" % (i + 1) for i in range(60)
+  )
+  huge = b"Nq\0" + huge
+  for names in (_code("posix") + huge, huge + _code("system")):
+    code = b"]" + names + b"\x93a"
+    with pytest.raises(UserError, match="by what is no text"):
+      torch_file.read(_write(path, {"a": _tensor(), "b": code}))
+  stream = _OLD.read_bytes()
+  keys = stream.rindex(b"\x80\2")  # of the last pickle, the list of storages
+  path.write_bytes(stream[:keys] + b"\x80\2](" + huge + b"e.")
+  with pytest.raises(UserError, match="a storage that no tensor uses"):
+    torch_file.read(path)
 
 
 def test_zips_that_lie(path, monkeypatch):

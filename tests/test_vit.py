@@ -289,7 +289,10 @@ def test_weights_of_other_transformers_are_refused():
   state = _torch_state(encoder, zeros)
   block = np.zeros(ref.DIM, "f")
   for key in "blocks.2.norm1.bias", "patch_embed.conv.0.weight":
-    with pytest.raises(UserError, match=f"{key}, which the encoder has not"):
+    with pytest.raises(UserError, match=f"{key}, which the encoder does not"):
+      pretrained.from_torch(state | {key: block}, encoder, zeros)
+  for key in "base.sie_embed", "cv_embed", "b1.0.norm1.bias", "b2.1.weight":
+    with pytest.raises(UserError, match="of TransReID's SIE or JPM"):
       pretrained.from_torch(state | {key: block}, encoder, zeros)
   clip = {key: ref.value(key, x) for key, x in ref.clip_shapes().items()}
   with pytest.raises(UserError, match=r"it has no weight .*, its first is vis"):

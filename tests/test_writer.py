@@ -160,10 +160,14 @@ def test_what_the_library_logs_is_in_the_log(tmp_path, capsys):
   logger = logging.getLogger("unreid_jax.some.module")
   with open_writer(str(tmp_path)):
     logger.info("loaded %d tensors", 3)
+    logger.info("of %s", "fc\x1b[2J\n2026")  # as a file may call a tensor
     logger.debug("not this")
   logger.info("nor this")
-  assert capsys.readouterr().err == "loaded 3 tensors\n"
-  assert (tmp_path / "log.txt").read_text().endswith("  loaded 3 tensors\n")
+  assert capsys.readouterr().err == "loaded 3 tensors\nof fc?[2J?2026\n"
+  first, second = (tmp_path / "log.txt").read_text().splitlines()
+  assert first.endswith("  loaded 3 tensors") and second.endswith(
+    "  of fc?[2J?2026"
+  )
 
 
 def test_without_a_writer_nothing_is_shown(tmp_path, capsys):

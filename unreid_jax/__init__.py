@@ -13,8 +13,15 @@ class UserError(ValueError):
   """
 
   def __init__(self, line: str):
-    # Names of files and values are others', and may hold anything.
-    super().__init__("".join(c if c.isprintable() else "?" for c in line))
+    super().__init__(printable(line))
+
+
+def printable(line: str) -> str:
+  """The line with "?" for what a terminal would obey instead of showing it.
+
+  Names of files, of tensors and values are others', and may hold anything.
+  """
+  return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def __getattr__(name: str) -> Any:

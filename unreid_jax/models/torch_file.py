@@ -6,6 +6,7 @@ Source of the two layouts: torch/serialization.py of PyTorch 1.6 and 2.13.
 import functools
 import io
 import logging
+import math
 import mmap
 import pathlib
 import zipfile
@@ -62,12 +63,14 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
         "it is a zip that torch.save did not write: unpack it, and name the "
         "file of weights"
       )
-    total = sum(info.file_size for info in infos)
-    if any(i.compress_type for i in infos) or total > file.seek(0, io.SEEK_END):
+    if any(info.compress_type for info in infos):
       raise UserError(
         "its parts are compressed, which torch.save never does: get the "
         "original, or save it again where PyTorch is installed"
       )
+    size = file.seek(0, io.SEEK_END)
+    if sum(info.file_size for info in infos) > size:
+      raise ValueError("its parts are larger than the whole")
     for info in infos:
       info.CRC = info.CRC or None  # PyTorch may leave it out, as a 0
     folder = pickles[0].removesuffix("data.pkl")
@@ -81,7 +84,7 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
         data = np.frombuffer(data, f"u{swapped}").byteswap().tobytes()
       return data
 
-    return _arrays(tree, read_storage)
+    return _arrays(tree, read_storage, size)
 
 
 def _read_stream(file: io.BufferedReader) -> dict[str, np.ndarray]:
@@ -94,18 +97,23 @@ def _read_stream(file: io.BufferedReader) -> dict[str, np.ndarray]:
     (tree, storages), (keys, _) = follow(data), follow(data)
     places, place = {}, data.tell()
     for key in keys:
+      if not isinstance(key, str) or key not in storages:
+        raise ValueError("it lists a storage that no tensor uses")
       size = int.from_bytes(data[place : place + 8], "little")
       size *= np.dtype(storages[key].dtype).itemsize
       places[key] = slice(place + 8, place + 8 + size)
       place = places[key].stop
       if place > len(data):
         raise ValueError(f"it has {len(data):,} bytes of at least {place:,}")
-    return _arrays(tree, lambda key, swapped: data[places[key]])
+    read_storage = lambda key, swapped: data[places[key]]
+    return _arrays(tree, read_storage, len(data))
 
 
-def _arrays(tree: Any, read_storage: Callable) -> dict[str, np.ndarray]:
-  read_storage = functools.cache(read_storage)
-  return {k: _array(t, read_storage) for k, t in _state_dict(tree).items()}
+def _arrays(
+  tree: Any, read_storage: Callable, most: int
+) -> dict[str, np.ndarray]:
+  read_storage, state = functools.cache(read_storage), _state_dict(tree)
+  return {name: _array(x, read_storage, most) for name, x in state.items()}
 
 
 def _state_dict(tree: Any) -> dict[str, Tensor]:
@@ -127,19 +135,21 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
         several = f"weights in {', '.join(full)}" if full else "no weights"
         raise UserError(f"it holds {several}: {ALONE}")
     if others := ", ".join(k for k in full if k != names[0]):
-      _log.warning("took the weights in %s, not in %s", names[0], others)
+      _log.warning("took the weights in %s, not in %.300s", names[0], others)
     tree = tree[names[0]]
-  raise ValueError("dictionaries lie in dictionaries")
+  raise UserError(f"its dictionaries lie too deep in dictionaries: {ALONE}")
 
 
 def _tensors(tree: dict) -> dict[str, Tensor]:
   return {k: v for k, v in tree.items() if isinstance(v, Tensor)}
 
 
-def _array(tensor: Tensor, read_storage: Callable) -> np.ndarray:
+def _array(tensor: Tensor, read_storage: Callable, most: int) -> np.ndarray:
   """A view of a storage, which `read_storage(key, swapped)` reads.
 
-  In a file of a big-endian machine, each `swapped` bytes are turned round.
+  In a file of a big-endian machine, each `swapped` bytes are turned round. A
+  view may show one number many times; more than `most` are refused, as whoever
+  copies it would fill the memory.
   """
   dtype, shape = np.dtype(tensor.dtype), tensor.shape
   _, key, size, start = tensor.storage
@@ -151,6 +161,8 @@ def _array(tensor: Tensor, read_storage: Callable) -> np.ndarray:
   last = tensor.offset + sum(
     s * (n - 1) for n, s in zip(shape, taken, strict=True)
   )
+  if math.prod(shape) > most:
+    raise ValueError("a tensor is larger than the file")
   if 0 in shape:
     return np.zeros(shape, dtype)
   whole = read_storage(key, dtype.itemsize // (2 if dtype.kind == "c" else 1))

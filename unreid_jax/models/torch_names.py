@@ -19,7 +19,7 @@ _REFUSED = (
 _log = logging.getLogger(__name__)
 
 
-def of_heads(keys: Iterable[str], pad_pool: bool = True) -> dict[str, str]:
+def of_heads(keys: Iterable[str], pad_pool: bool = False) -> dict[str, str]:
   """The keys that are taken, and their names if they are a head's.
 
   Other keys stay, but for what a wrapper puts in front: "module." of
@@ -28,7 +28,7 @@ def of_heads(keys: Iterable[str], pad_pool: bool = True) -> dict[str, str]:
 
   Args:
     keys: of a state dict.
-    pad_pool: whether the encoder's first pooling is padded.
+    pad_pool: whether the encoder pads its first pooling, as fast-reid does not.
 
   Raises:
     UserError: a layer that no encoder here has, and without which the features

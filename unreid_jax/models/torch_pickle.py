@@ -138,6 +138,8 @@ def follow(stream: io.BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
       case "GLOBAL":
         stack.append(_name(*given.split(" ", 1)))
       case "STACK_GLOBAL":
+        if not all(isinstance(x, str) for x in taken):
+          raise ValueError("it names something by what is no text")
         stack.append(_name(*taken))
       case "INST":
         stack.append(_call(_name(*given.split(" ", 1)), tuple(taken)))
@@ -153,7 +155,9 @@ def follow(stream: io.BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
       case _ if step.arg and step.stack_after[0] is not pickletools.anyobject:
         stack.append(given)
       case kind:
-        raise ValueError(f"its pickle has a {kind}")
+        raise UserError(
+          f"its pickle has a {kind}, which torch.save never writes: {ALONE}"
+        )
   raise ValueError("its pickle has no end")
 
 
@@ -161,6 +165,11 @@ def _name(module: str, name: str) -> _Name:
   old = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2
   path = f"{old.get(module, module)}.{name}"
   if path not in _KNOWN and not _IGNORED.fullmatch(path):
+    if path.startswith("torch._utils._rebuild_"):  # quantised, sparse, ...
+      raise UserError(
+        f"it has a tensor of a kind that is not read ({path}): save the "
+        "weights as plain float32"
+      )
     raise UserError(
       f"it holds {path}, which is no weight, and was not opened: {ALONE}"
     )

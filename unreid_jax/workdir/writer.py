@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from unreid_jax import UserError, progress
+from unreid_jax import UserError, printable, progress
 from unreid_jax.workdir import Workdir, named, read_json, whole_file
 
 T = TypeVar("T")
@@ -247,7 +247,7 @@ class Writer:
 def sent_to(log: Callable[[str], None]) -> Iterator[None]:
   """Within it, `log` gets the lines that the library's modules log."""
   logger, handler = logging.getLogger("unreid_jax"), logging.Handler()
-  handler.emit = lambda record: log(record.getMessage())
+  handler.emit = lambda record: log(printable(record.getMessage()))
   before = logger.level, logger.propagate
   logger.setLevel(logging.INFO)
   logger.propagate = False  # the terminal has it from `log`

@@ -8,6 +8,7 @@ remat, too, see `models.make`. `archs` finds the files.
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -46,9 +47,9 @@ class Backbone(Protocol):
   def torch_key(self, key: str) -> str:
     """A key of a PyTorch state dict, as the original code base spells it.
 
-    Others wrap the network and save, say, "module.base.0.weight" for
-    "conv1.weight". The key of another part just loses such a prefix. A key of a
-    larger network may be refused by a UserError.
+    Others wrap the network and save, say, "base.0.weight" for "conv1.weight".
+    The key of another part just loses such a prefix; "module." is gone before.
+    A key of another network may be refused by a UserError.
     """
 
   @staticmethod
@@ -66,6 +67,11 @@ class Backbone(Protocol):
 
     Optional: a backbone whose weights fit images of any size has none.
     """
+
+
+def dotted(path: tuple[str, ...]) -> str:
+  """("layer1_0", "conv1", "kernel") to "layer1.0.conv1.kernel"."""
+  return re.sub(r"_(\d)", r".\1", ".".join(path))
 
 
 def archs() -> dict[str, Callable]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unreid_jax import UserError
+from unreid_jax.models.backbones import dotted
 from unreid_jax.models.conv import Conv, DepthwiseConv
 from unreid_jax.models.norm import GhostBatchNorm
 
@@ -104,7 +105,7 @@ class EfficientNetLite(nn.Module):
       UserError: a layer that this network does not have. Without it, a larger
         size or EfficientNet-B0 would be read as far as its layers fit.
     """
-    key, original = key.removeprefix("module."), key
+    original = key
     depths = enumerate(self._depths())
     places = [f"{i}.{j}" for i, num in depths for j in range(num)]
     if found := re.fullmatch(r"_blocks\.(\d+)\._(\w+)(.*)", key):
@@ -124,7 +125,7 @@ class EfficientNetLite(nn.Module):
   @staticmethod
   def torch_name(path: tuple[str, ...]) -> str:
     """From ("blocks_1_0", "conv_dw", "kernel") to timm's name."""
-    return re.sub(r"_(\d)", r".\1", ".".join(path))
+    return dotted(path)
 
 
 class Block(nn.Module):

@@ -1,7 +1,6 @@
 """OSNet, as in torchreid."""
 
 import functools
-import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unreid_jax.models.backbones import Tokens
+from unreid_jax.models.backbones import Tokens, dotted
 from unreid_jax.models.backbones.resnet import MEAN, STD
 from unreid_jax.models.conv import KAIMING, Conv, DepthwiseConv, max_pool
 from unreid_jax.models.norm import GhostBatchNorm, widen
@@ -58,13 +57,13 @@ class OSNet(nn.Module):
 
   @staticmethod
   def torch_key(key: str) -> str:
-    """torchreid's own; DataParallel puts "module." in front."""
-    return key.removeprefix("module.")
+    """torchreid's own."""
+    return key
 
   @staticmethod
   def torch_name(path: tuple[str, ...]) -> str:
     """From ("conv2_0", "conv2b_1", "conv1", "kernel") to torchreid's name."""
-    return re.sub(r"_(\d)", r".\1", ".".join(path))
+    return dotted(path)
 
 
 class Layer(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unreid_jax import UserError
+from unreid_jax.models.backbones import dotted
 from unreid_jax.models.conv import Conv, max_pool
 from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm
 
@@ -77,23 +78,29 @@ class ResNet(nn.Module):
 
     Cluster Contrast, SpCL and HHCL save "base.4.0.conv1.weight", Unsup_ReID
     "CNN.layer1.0.conv1.weight", OpenUnReID and fast-reid put "backbone." in
-    front of it, and DataParallel "module.".
+    front of it.
 
     Raises:
-      UserError: the network is MMT's, which has one layer less.
+      UserError: the network is MMT's, which has one layer less, or one of
+        torchreid's with one more.
     """
-    key = re.sub(r"^(module\.)?(CNN\.|backbone\.)?", "", key)
+    key = re.sub(r"^(CNN|backbone)\.", "", key)
     if key.startswith("base.3."):
       raise UserError(
         f"its {key} is of a network without a ReLU after the first batch norm, "
-        "such as MMT's, which no encoder here is"
+        "such as MMT's: no encoder here is built like that"
+      )
+    if re.match(r"fc\.\d", key):  # a classifier has no number
+      raise UserError(
+        f"its {key} is of an embedding layer, as in torchreid's "
+        "resnet50_fc512, which no ResNet here has"
       )
     return re.sub(r"^base\.([014567])", lambda found: PLACES[found[1]], key)
 
   @staticmethod
   def torch_name(path: tuple[str, ...]) -> str:
     """From ("layer1_0", "downsample_0", "kernel") to torchvision's name."""
-    return re.sub(r"_(\d)", r".\1", ".".join(path))
+    return dotted(path)
 
 
 class Block(nn.Module):

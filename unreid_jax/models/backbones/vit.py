@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import UserError
 from unreid_jax.models import clip_names
-from unreid_jax.models.backbones import Tokens
+from unreid_jax.models.backbones import Tokens, dotted
 from unreid_jax.models.backbones.resnet import MEAN, STD
 from unreid_jax.models.conv import KAIMING, Conv
 from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm, widen
@@ -66,7 +66,7 @@ class ViT(nn.Module):
     )
     x = self._embed(x.astype(jnp.dtype(self.dtype)), train)
     b, h, w, dim = x.shape
-    lead = () if self.projection else (1,)  # an axis that CLIP's have not
+    lead = () if self.projection else (1,)  # an axis that CLIP's do not have
     token = self.param("cls_token", _INIT, (*lead, *lead, dim))
     positions = self.param("pos_embed", _INIT, (*lead, 1 + h * w, dim))
     token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, dim))
@@ -120,11 +120,19 @@ class ViT(nn.Module):
   def torch_key(self, key: str) -> str:
     """To timm's "blocks.0.attn.qkv.weight", or the name in OpenAI's CLIP.
 
-    TransReID saves "base.blocks.0...", DINO "module.backbone.blocks.0...", and
+    TransReID saves "base.blocks.0...", DINO "backbone.blocks.0...", and
     PCL-CLIP and CLIP-ReID "image_encoder..." for "visual...". Their neck is
     "bottleneck". Of transformers, see `clip_names`.
+
+    Raises:
+      UserError: the network is one of TransReID or CLIP-ReID that adds an
+        embedding of the camera, or takes its feature from branches of its own.
     """
-    key = re.sub(r"^(module\.)?(base\.|backbone\.)?", "", key)
+    key = re.sub(r"^(base|backbone)\.", "", key)
+    if re.match(r"(sie_embed$|cv_embed$|b[12]\.)", key):
+      raise UserError(
+        f"its {key} is of TransReID's SIE or JPM, which no encoder here has"
+      )
     key = re.sub(r"^image_encoder\.", "visual.", key)
     key = re.sub(r"^bottleneck\.", "feat_bn.", key)
     return clip_names.from_transformers(key) if self.projection else key
@@ -132,8 +140,7 @@ class ViT(nn.Module):
   @nn.nowrap
   def torch_name(self, path: tuple[str, ...]) -> str:
     """From ("blocks_0", "attn_qkv", "kernel") to timm's or CLIP's name."""
-    name = re.sub(r"_(\d)", r".\1", ".".join(path))
-    name = re.sub(r"\b(patch_embed|attn|mlp)_", r"\1.", name)
+    name = re.sub(r"\b(patch_embed|attn|mlp)_", r"\1.", dotted(path))
     return clip_names.from_timm(name) if self.projection else name
 
   @nn.nowrap
