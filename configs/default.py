@@ -127,7 +127,7 @@ def lite(config: ConfigDict) -> ConfigDict:
   """An encoder from ImageNet, and a schedule for two cores and half an hour."""
   config.batch_size = 128
   config.steps_per_epoch = 40
-  config.epochs = 10
+  config.epochs = 20
   config.evaluate_every = "5 epochs"
   config.update(
     {
@@ -138,7 +138,7 @@ def lite(config: ConfigDict) -> ConfigDict:
         "arch": "efficientnet_lite0",
         "pretrained": "efficientnet_lite0",
       },
-      "optim": {"milestones": ("7 epochs",)},
+      "optim": {"milestones": ("14 epochs",)},
     }
   )
   return config
