@@ -4,8 +4,9 @@
       NAME=WORKDIR[,WORKDIR...] [NAME=WORKDIR...]
 
 Needs matplotlib. Each figure has a panel, in percent, and each name a line: the
-mean of its workdirs, which are seeds of one run, with dots for each of them.
-Figures are those of evaluations and of clusterings in metrics.jsonl.
+mean of its workdirs, which are seeds of one run, with dots for each of them. A
+name like hhcl/PyTorch means PyTorch, in panels of hhcl's own. Figures are those of
+evaluations and of clusterings in metrics.jsonl.
 """
 
 import collections
@@ -37,30 +38,37 @@ def read(workdir: str) -> dict[str, dict[int, float]]:
 
 
 def main(path: str, names: str, *runs: str) -> None:
-  names = names.split(",")
-  _, panels = plt.subplots(
-    1, len(names), figsize=(4 * len(names), 3.6), squeeze=False
-  )
-  for number, run in enumerate(runs):
-    title, _, workdirs = run.partition("=")
-    each = [read(workdir) for workdir in workdirs.split(",")]
-    for panel, name in zip(panels[0], names, strict=True):
-      values = collections.defaultdict(list)
-      for figures in each:
-        for epoch, value in figures[name].items():
-          values[epoch].append(value)
-      epochs, color = sorted(values), f"C{number}"
-      means = [statistics.mean(values[x]) for x in epochs]
-      panel.plot(epochs, means, color, label=title)
-      for epoch in epochs:
-        dots = [epoch] * len(values[epoch]), values[epoch]
-        panel.plot(*dots, ".", color=color, alpha=0.5)
-  for panel, name in zip(panels[0], names, strict=True):
-    panel.set(title=f"{name}, %", xlabel="epoch")
+  titles, workdirs = zip(*(run.split("=") for run in runs), strict=True)
+  groups = list(dict.fromkeys(title.rpartition("/")[0] for title in titles))
+  of_panels = [(group, name) for group in groups for name in names.split(",")]
+  columns = min(len(of_panels), 4)
+  rows = -(-len(of_panels) // columns)
+  figure = plt.figure(figsize=(4 * columns, 3.6 * rows))
+  for place, (group, name) in enumerate(of_panels, 1):
+    panel = figure.add_subplot(rows, columns, place)
+    for title, folders in zip(titles, workdirs, strict=True):
+      if title.rpartition("/")[0] == group:
+        draw(panel, title.rpartition("/")[2], name, folders.split(","))
+    panel.set(title=f"{group} {name}, %".strip(), xlabel="epoch")
     panel.grid(alpha=0.3)
-  panels[0][0].legend(fontsize="small")
+    if place == 1 or group:
+      panel.legend(fontsize="small")
   plt.tight_layout()
   plt.savefig(path, dpi=90)
+
+
+def draw(panel, title: str, name: str, workdirs: list[str]) -> None:
+  """One line of a panel, and its dots."""
+  values = collections.defaultdict(list)
+  for workdir in workdirs:
+    for epoch, value in read(workdir)[name].items():
+      values[epoch].append(value)
+  epochs = sorted(values)
+  means = [statistics.mean(values[x]) for x in epochs]
+  (line,) = panel.plot(epochs, means, label=title)
+  for epoch in epochs:
+    dots = [epoch] * len(values[epoch]), values[epoch]
+    panel.plot(*dots, ".", color=line.get_color(), alpha=0.5)
 
 
 if __name__ == "__main__":
