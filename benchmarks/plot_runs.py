@@ -5,8 +5,8 @@
 
 Needs matplotlib. Each figure has a panel, in percent, and each name a line: the
 mean of its workdirs, which are seeds of one run, with dots for each of them. A
-name like hhcl/PyTorch means PyTorch, in panels of hhcl's own. Figures are those of
-evaluations and of clusterings in metrics.jsonl.
+name like hhcl/PyTorch means PyTorch, in panels of hhcl's own. Figures are those
+of evaluations and of clusterings in metrics.jsonl.
 """
 
 import collections
