@@ -38,7 +38,7 @@ def read(workdir: str) -> dict[str, dict[int, float]]:
 
 
 def main(path: str, names: str, *runs: str) -> None:
-  titles, workdirs = zip(*(run.split("=") for run in runs), strict=True)
+  titles, workdirs = zip(*(run.split("=", 1) for run in runs), strict=True)
   groups = list(dict.fromkeys(title.rpartition("/")[0] for title in titles))
   of_panels = [(group, name) for group in groups for name in names.split(",")]
   columns = min(len(of_panels), 4)
