@@ -127,8 +127,8 @@ def lite(config: ConfigDict) -> ConfigDict:
   """An encoder from ImageNet, and a schedule for two cores and half an hour."""
   config.batch_size = 128
   config.steps_per_epoch = 40
-  config.epochs = 20
-  config.evaluate_every = "5 epochs"
+  config.epochs = 16
+  config.evaluate_every = "4 epochs"
   config.update(
     {
       "dataset": {"height": 128, "width": 64},
