@@ -171,9 +171,12 @@ def test_sizes_that_lie(path):
 
 @pytest.mark.parametrize("build", [b"l", b"t"])
 def test_what_looks_huge_is_never_looked_at(path, build):
-  """A list or tuple that holds the one before twice, sixty times over."""
+  """A list or tuple that holds the one before twice, ten times over.
+
+  Sixty times would take for ever; a thousand parts fail at once, if they do.
+  """
   huge = b"".join(
-    b"(h%ch%c" % (i, i) + build + b"q%c" % (i + 1) for i in range(60)
+    b"(h%ch%c" % (i, i) + build + b"q%c" % (i + 1) for i in range(10)
   )
   huge = b"Nq\0" + huge
   for names in (_code("posix") + huge, huge + _code("system")):
