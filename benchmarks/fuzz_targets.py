@@ -22,9 +22,9 @@ from flax import traverse_util
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import default
 from unreid_jax import models
+from unreid_jax.card import build
 from unreid_jax.config import check_same
 from unreid_jax.data.datasets import layout, market1501, msmt17
-from unreid_jax.encode import build
 from unreid_jax.models import pretrained
 from unreid_jax.workdir import Workdir, checkpoints, writer
 

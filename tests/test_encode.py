@@ -14,7 +14,7 @@ from test_train import tiny_config
 
 from unreid_jax import UserError, encode, load_encoder, sharding
 from unreid_jax.config import resolve
-from unreid_jax.data.images import decode, resize
+from unreid_jax.data.images import Sized, decode, resize
 from unreid_jax.state import first_state, make_parts
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.checkpoints import Checkpoints
@@ -115,7 +115,7 @@ def test_what_is_no_list_of_images(images):
   with pytest.raises(
     UserError, match=r"the images are of the type .*: pass a l"
   ):
-    encode._Sized(images, 8, 8)
+    Sized(images, 8, 8)
 
 
 def test_images_of_other_libraries(trained, images):
@@ -142,7 +142,7 @@ def test_an_image_is_read_once(trained, images, tmp_path, monkeypatch):
   path, read = tmp_path / "a.png", []
   Image.fromarray(images[0]).save(path)
   decode_it = lambda path, *size: read.append(1) or decode(path, *size)
-  monkeypatch.setattr(encode, "decode", decode_it)
+  monkeypatch.setattr("unreid_jax.data.images.decode", decode_it)
   with jax.set_mesh(sharding.make_mesh(1)):
     load_encoder(trained[0])(path)
   assert len(read) == 1

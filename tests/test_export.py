@@ -22,6 +22,7 @@ from unreid_jax import (
   sharding,
   verification,
 )
+from unreid_jax import card as card_lib
 from unreid_jax.data import Dataset
 from unreid_jax.state import make_card
 
@@ -29,7 +30,7 @@ from unreid_jax.state import make_card
 def draw(config):
   """An encoder with drawn weights, which cannot be applied."""
   card, rng = make_card(config), np.random.default_rng(0)
-  _, shapes = encode.build(card, "")
+  _, shapes = card_lib.build(card, "")
   numbers = lambda x: rng.random(x.shape, np.float32)
   return encode.Encoder(
     card, jax.tree.map(numbers, shapes), print, sharding.make_mesh(1)
@@ -170,9 +171,9 @@ def runnable():
     config.encoder.update({"num_stripes": 2, "stripe_dim": 8})
     config.encoder.embedding_dim = 16
     card, mesh = make_card(config), sharding.make_mesh(1)
-    module, _ = encode.build(card, "")
-    variables = encode.draw(module, card, jax.random.key(0))
-    apply = encode.make_apply(module, card, mesh)
+    module, _ = card_lib.build(card, "")
+    variables = card_lib.draw(module, card, jax.random.key(0))
+    apply = card_lib.make_apply(module, card, mesh)
     made[head] = encode.Encoder(card, variables, apply, mesh)
   return made
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from numpy.testing import assert_allclose
 
 from unreid_jax import encode, export, load_encoder, sharding, step
+from unreid_jax.card import build
 from unreid_jax.config import resolve
 from unreid_jax.models import pretrained
 from unreid_jax.models.backbones import resnet
@@ -160,7 +161,7 @@ def test_features_and_weights_both_ways(head, tmp_path):
     close(encoder(SPLIT.images[:16]), net.eval()(images))
 
   check(net)
-  module, _ = encode.build(card, "")
+  module, _ = build(card, "")
   run = lambda v, x: module.apply(v, x, True, mutable=["batch_stats"])
   pixels = jnp.asarray(images.permute(0, 2, 3, 1).numpy())
   got, updated = jax.jit(run)(encoder.variables, pixels)
@@ -282,10 +283,10 @@ def soon_compiled(monkeypatch, name):
     monkeypatch.setitem(resnet._DEPTHS, 18, ((1,), False))
 
   def nan(module, card, key):
-    shapes = encode.build(card, "")[1]
+    shapes = build(card, "")[1]
     return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), shapes)
 
-  monkeypatch.setattr(encode, "draw", nan)
+  monkeypatch.setattr("unreid_jax.state.draw", nan)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from configs import cluster_contrast, dhcl_hnm
 from unreid_jax import UserError, about, published, results
@@ -145,6 +146,21 @@ def test_the_recipe_of_a_figure(arguments, changes, mAP):
   config.update_from_flattened_dict(weights | changes)
   figure, reason = published.find(flatten_dict(config.to_dict(), sep="."))
   assert (figure and figure.mAP) == mAP and bool(reason) == (mAP is None)
+
+
+def test_runs_of_two_versions_are_alike(tmp_path, capsys):
+  """What the earlier one had not is off in the later one, or another row."""
+  old = market(0).to_dict()
+  del old["ema"], old["sampler"]["other_camera"]
+  scores = {90: (0.5, 0.6)}
+  runs = [write_run(tmp_path / "old", ConfigDict(old), scores)]
+  runs.append(write_run(tmp_path / "new", market(1), scores))
+  (row,), _ = table(capsys, *runs)
+  assert row["seeds"] == "0, 1" and row["other settings"] == "none"
+  runs.append(write_run(tmp_path / "ema", market(1, ema=0.9), scores))
+  rows, _ = table(capsys, *runs)
+  found = [(x["seeds"], x["other settings"]) for x in rows]
+  assert found == [("0, 1", "ema=0.0"), ("1", "ema=0.9")]
 
 
 def test_empty_cells_say_why(tmp_path, capsys):

@@ -15,8 +15,9 @@ import rich.console
 import rich.progress
 
 from unreid_jax import UserError, progress, report
+from unreid_jax.card import Card
 from unreid_jax.data.images import decode
-from unreid_jax.encode import Card, Encoder, flat, load_encoder
+from unreid_jax.encode import Encoder, flat, load_encoder
 from unreid_jax.export import export as write_encoder
 from unreid_jax.feature_files import WRITERS
 from unreid_jax.gallery import Gallery, update

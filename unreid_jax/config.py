@@ -215,7 +215,8 @@ def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
     ) from None
   for path, kind, now in _leaves(kinds(), settings):
     is_free = values.has(kind, values.FREE)
-    if is_free or (path not in known and _is_off(path, now, config)):
+    name = config.method.name
+    if is_free or (path not in known and is_off(path, now, name)):
       continue
     if known.get(path) != now:
       then = repr(known[path]) if path in known else "no such key"
@@ -225,9 +226,9 @@ def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
       )
 
 
-def _is_off(path: str, value: Any, config: ConfigDict) -> bool:
+def is_off(path: str, value: Any, method: str) -> bool:
   """Whether a key that an earlier version had not leaves a run as it was."""
-  defaults = methods.defaults(config.method.name)
+  defaults = methods.defaults(method)
   section, _, key = path.partition(".")
   if section == "method" and key in defaults:
     return value == defaults[key]

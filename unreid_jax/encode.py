@@ -1,52 +1,27 @@
 """Images to features, by an encoder and its weights; no training, no method."""
 
-import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, PyTree, UInt8
+from jaxtyping import Float, PyTree
 from PIL import Image
 
-from unreid_jax import (
-  UserError,
-  models,
-  progress,
-  sharding,
-  values,
-  verification,
-)
-from unreid_jax.data import augment
-from unreid_jax.data.images import decode, resize
+from unreid_jax import UserError, progress, sharding, values, verification
+from unreid_jax.card import Card, build, draw, make_apply
+from unreid_jax.data.images import Sized
 from unreid_jax.models import pretrained
-from unreid_jax.values import Count, Positive
 from unreid_jax.workdir import checkpoints, read_json
 
 CARD = "unreid_jax"  # the card's name in the metadata of a .safetensors
 # A path, Pillow's, or uint8 [h, w, 3].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | jax.Array
-
-
-class Card(TypedDict):
-  """What builds an encoder and makes its input; JSON.
-
-  Attributes:
-    encoder: the arguments of `models.make`.
-    height, width: the size of its images, in pixels.
-    mean, std: of the images' three channels, in units of the largest value.
-  """
-
-  encoder: Annotated[dict, values.Nested(lambda _: values.fields(models.make))]
-  height: Count
-  width: Count
-  mean: tuple[float, ...]
-  std: tuple[Positive, ...]
 
 
 def load_encoder(
@@ -116,58 +91,6 @@ def _stored_card(path) -> dict | None:
   return read_json(card.encode(), what, "export it again") if card else None
 
 
-def build(card: dict, path: str) -> tuple[Any, PyTree]:
-  """The network that a card describes, and the shapes of its variables.
-
-  Raises:
-    UserError: the card, which lies at the path, describes none.
-  """
-  kinds = values.fields(Card)
-  try:
-    values.check(kinds, {key: card[key] for key in kinds})
-    module = models.make(**card["encoder"])
-    shapes = jax.eval_shape(_init(module, card), jax.random.key(0))
-  except Exception as error:
-    if isinstance(error, UserError) and not isinstance(error, values.BadValue):
-      raise
-    raise UserError(
-      f"{path} is damaged ({error}): restore it, or train again"
-    ) from None
-  return module, shapes
-
-
-def draw(module: Any, card: dict, key: jax.Array) -> PyTree:
-  """The variables of an encoder that has learnt nothing."""
-  # On a CPU, full optimisation takes longer to compile and draws the same bits.
-  on_cpu = jax.default_backend() == "cpu"
-  options = {"xla_backend_optimization_level": 1} if on_cpu else None
-  return jax.jit(_init(module, card), compiler_options=options)(key)
-
-
-def _init(module, card):
-  """From a key to variables, in float64 if that is the encoder's dtype."""
-  shape = (1, card["height"], card["width"], len(card["mean"]))
-
-  def init(key):
-    variables = module.init(key, jnp.zeros(shape, jnp.float32))
-    is_wide = card["encoder"]["dtype"] == "float64"
-    cast = lambda x: x.astype(float) if is_wide else x
-    return jax.tree.map(cast, variables)
-
-  return init
-
-
-def make_apply(module: Any, card: dict, mesh: Mesh) -> Callable:
-  """`apply(variables, images u8) -> features`, jitted, at test time."""
-  colour = tuple(card["mean"]), tuple(card["std"])
-
-  def apply(variables, images):
-    images = augment.normalise(images, *colour)
-    return module.apply(variables, images, train=False)
-
-  return jax.jit(apply, out_shardings=NamedSharding(mesh, sharding.COPY))
-
-
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Encoder:
   """A function from images to unit features; `load_encoder` opens one.
@@ -209,7 +132,7 @@ class Encoder:
       UserError: an image cannot be read, or there is none.
     """
     values.check({"batch_size": int}, {"batch_size": batch_size})
-    images = _Sized(images, self.card["height"], self.card["width"])
+    images = Sized(images, self.card["height"], self.card["width"])
     if not len(images):
       raise UserError("there is no image to encode: pass at least one")
     size = min(max(batch_size, 1), len(images))
@@ -320,48 +243,3 @@ def flat(features: PyTree) -> Float[np.ndarray | jax.Array, "n d"]:
   kinds = [x.reshape(x.shape[0], -1) for x in kinds]
   unit = [x / xp.linalg.norm(x, axis=1, keepdims=True) for x in kinds]
   return xp.concatenate(unit, axis=1) / xp.sqrt(xp.float32(len(unit)))
-
-
-class _Sized:
-  """Images of one size, which are read and resized when they are asked for."""
-
-  def __init__(self, images, height, width):
-    if hasattr(images, "__array__") and not isinstance(images, Image.Image):
-      images = np.asarray(images)  # of JAX, say
-    is_array = isinstance(images, np.ndarray) and images.ndim == 3
-    is_one = is_array or isinstance(images, str | os.PathLike | Image.Image)
-    self._images = [images] if is_one else images
-    is_list = isinstance(self._images, Sequence)
-    if not is_list and not getattr(self._images, "ndim", 0):
-      kind = type(images).__name__
-      raise UserError(f"the images are of the type {kind}: pass a list of them")
-    self.shape = (len(self._images), height, width, 3)
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows) -> UInt8[np.ndarray, "b h w 3"]:
-    images, size = self._images, self.shape[1:]
-    is_array = isinstance(images, np.ndarray) and images.dtype == np.uint8
-    if is_array and images.shape[1:] == size:
-      return images[rows]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      read = lambda row: _read(images[row], row, *size[:2])
-      once, back = np.unique(rows, return_inverse=True)
-      return np.stack(list(pool.map(read, once)))[back]
-
-
-def _read(image, row, height, width):
-  """One image at its size."""
-  if isinstance(image, str | os.PathLike):
-    return decode(values.expand(image, "it"), height, width)
-  if isinstance(image, Image.Image):
-    return resize(image, height, width)
-  image = np.asarray(image)
-  is_colour = image.ndim == 3 and image.shape[2] == 3 and image.size
-  if image.dtype != np.uint8 or not is_colour:
-    raise UserError(
-      f"image {row} is {image.dtype}{list(image.shape)}: pass uint8[h, w, 3], "
-      "or a path"
-    )
-  return resize(Image.fromarray(image), height, width)

@@ -16,13 +16,13 @@ import io
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from unreid_jax import UserError, values
-from unreid_jax.config import kinds
+from unreid_jax.config import is_off, kinds
 from unreid_jax.published import find
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.sessions import read_sessions
@@ -96,14 +96,25 @@ def read_run(path: str) -> Run | str:
   return Run(settings, before, scores[-1], best, sessions)
 
 
-def make_rows(runs: Iterable[Run]) -> list[Row]:
+def make_rows(runs: Sequence[Run]) -> list[Row]:
   """The cells of each row, by the names of the columns."""
   groups = {}
-  for run in runs:
+  for run in _of_one_version(runs):
     kept = {k: v for k, v in run.settings.items() if k not in _ELSEWHERE}
     groups.setdefault(repr(sorted(kept.items())), []).append(run)
   groups = sorted(groups.values(), key=lambda runs: _title(runs[0]))
   return [_row(runs, groups) for runs in groups]
+
+
+def _of_one_version(runs):
+  """The runs, those of earlier versions with the keys that others have off."""
+  off = {}
+  for run in runs:
+    method = run.settings["method.name"]
+    known = off.setdefault(_title(run), {})
+    known |= {k: x for k, x in run.settings.items() if is_off(k, x, method)}
+  filled = ((run, off[_title(run)] | dict(run.settings)) for run in runs)
+  return [dataclasses.replace(run, settings=full) for run, full in filled]
 
 
 def _row(runs, groups) -> Row:

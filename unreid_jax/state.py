@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from unreid_jax import encode, methods, models, optim, sharding, values
 from unreid_jax.about import made_by
+from unreid_jax.card import Card, build, draw, make_apply
 from unreid_jax.config import encoder_options
 from unreid_jax.data import augment
 from unreid_jax.methods import Batch, Method
@@ -80,7 +81,7 @@ class Parts(NamedTuple):
     return encode.Encoder(self.card, state.encoder, self.apply, self.mesh)
 
 
-def make_card(config: ConfigDict) -> encode.Card:
+def make_card(config: ConfigDict) -> Card:
   """What builds a config's encoder."""
   options = encoder_options(config)
   backbone = models.make(**options).backbone
@@ -118,7 +119,7 @@ def make_parts(config: ConfigDict) -> Parts:
     method=method,
     optimizer=optim.make(**config.optim),
     augment=transform,
-    apply=encode.make_apply(module, card, mesh),
+    apply=make_apply(module, card, mesh),
     adapt=jax.jit(adapt, out_shardings=copies),
     distance=jax.jit(method.distance, out_shardings=copies),
   )
@@ -134,7 +135,7 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
   """
   config, mesh, module = parts.config, parts.mesh, parts.module
   key, method_key = keys(config.seed)
-  variables = encode.draw(module, parts.card, key)
+  variables = draw(module, parts.card, key)
   if weights:
     size = config.dataset.height, config.dataset.width
     variables = pretrained.load(weights, module, variables, size)
@@ -146,7 +147,7 @@ def first_state(parts: Parts, num_images: int, weights: str) -> TrainState:
 def shapes_of_state(parts: Parts, num_images: int) -> TrainState:
   """As `first_state`, but the shapes and shardings alone; nothing is drawn."""
   key = jax.eval_shape(lambda: keys(0)[0])
-  variables = encode.build(parts.card, "the card")[1]
+  variables = build(parts.card, "the card")[1]
   init, like = _init_method(parts, num_images, variables)
   with_sharding = lambda x, where: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=where

@@ -1,5 +1,6 @@
 """Image files, and how one of them becomes pixels of the size asked for."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image, ImageOps
 
-from unreid_jax import UserError
+from unreid_jax import UserError, values
 
 # We bound the memory ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -172,3 +173,48 @@ def _rgb(image: Image.Image) -> Image.Image:
   black = Image.new("RGB", image.size)
   black.paste(image, mask=image)
   return black
+
+
+class Sized:
+  """Images of one size, which are read and resized when they are asked for."""
+
+  def __init__(self, images, height, width):
+    if hasattr(images, "__array__") and not isinstance(images, Image.Image):
+      images = np.asarray(images)  # of JAX, say
+    is_array = isinstance(images, np.ndarray) and images.ndim == 3
+    is_one = is_array or isinstance(images, str | os.PathLike | Image.Image)
+    self._images = [images] if is_one else images
+    is_list = isinstance(self._images, Sequence)
+    if not is_list and not getattr(self._images, "ndim", 0):
+      kind = type(images).__name__
+      raise UserError(f"the images are of the type {kind}: pass a list of them")
+    self.shape = (len(self._images), height, width, 3)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows) -> UInt8[np.ndarray, "b h w 3"]:
+    images, size = self._images, self.shape[1:]
+    is_array = isinstance(images, np.ndarray) and images.dtype == np.uint8
+    if is_array and images.shape[1:] == size:
+      return images[rows]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      read = lambda row: _read(images[row], row, *size[:2])
+      once, back = np.unique(rows, return_inverse=True)
+      return np.stack(list(pool.map(read, once)))[back]
+
+
+def _read(image, row, height, width):
+  """One image at its size."""
+  if isinstance(image, str | os.PathLike):
+    return decode(values.expand(image, "it"), height, width)
+  if isinstance(image, Image.Image):
+    return resize(image, height, width)
+  image = np.asarray(image)
+  is_colour = image.ndim == 3 and image.shape[2] == 3 and image.size
+  if image.dtype != np.uint8 or not is_colour:
+    raise UserError(
+      f"image {row} is {image.dtype}{list(image.shape)}: pass uint8[h, w, 3], "
+      "or a path"
+    )
+  return resize(Image.fromarray(image), height, width)
