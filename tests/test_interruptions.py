@@ -127,6 +127,7 @@ def test_what_is_ignored_stays_ignored():
 def test_two_runs_in_one_folder(tmp_path):
   """The second is refused; a folder that a killed run had is free."""
   hold = f"""if True:
+    from unreid_jax import progress
     from unreid_jax.workdir import Workdir
     with Workdir({str(tmp_path)!r}).locked():
       print("locked", flush=True)
@@ -243,10 +244,11 @@ class State:
 def test_a_run_without_a_terminal_goes_on(tmp_path, closed):
   """Its log is whole, also if what it writes to is closed or has gone away."""
   program = """if True:
+    from unreid_jax import progress
     from unreid_jax.workdir import Workdir
     from unreid_jax.workdir.writer import Writer
     with Writer(Workdir(sys.argv[1])) as writer:
-      for _ in writer.track(range(3), "count"):
+      for _ in progress.track(range(3), "count"):
         time.sleep(.1)
       names = ("step", "mAP", "R1", "R5", "R10")
       writer.table([dict.fromkeys(names, 0)])

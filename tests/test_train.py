@@ -530,11 +530,11 @@ def test_the_best_is_the_one_that_is_saved():
   """Scores whose encoder a killed run has lost do not stand in its way."""
   scores = lambda step, mAP: {"step": step, "mAP": mAP}
   history = [scores(0, 0.9), scores(4, 0.5), scores(8, 0.7)]
-  assert train.is_best({"mAP": 0.8}, history, saved=8)
-  assert not train.is_best({"mAP": 0.7}, history, saved=8)
-  assert train.is_best({"mAP": 0.6}, history, saved=4)
-  assert train.is_best({"mAP": 0.1}, history, saved=None)
-  assert not train.is_best({}, history, saved=None)
+  assert scoring.is_best({"mAP": 0.8}, history, saved=8)
+  assert not scoring.is_best({"mAP": 0.7}, history, saved=8)
+  assert scoring.is_best({"mAP": 0.6}, history, saved=4)
+  assert scoring.is_best({"mAP": 0.1}, history, saved=None)
+  assert not scoring.is_best({}, history, saved=None)
 
 
 def test_a_best_encoder_of_another_config(finished, tmp_path):

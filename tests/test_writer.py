@@ -105,7 +105,7 @@ def test_other_processes_know_the_history_and_write_nothing(
 
 
 def test_progress_without_a_terminal(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(writer_lib, "_PLAIN_EVERY", 0.0)
+  monkeypatch.setattr("unreid_jax.terminal._PLAIN_EVERY", 0.0)
   with open_writer(str(tmp_path)) as writer:
     items = list(progress.track("abc", "encode", total=20, scale=8))
     writer.log("[b]done[/b] " + 90 * "x")

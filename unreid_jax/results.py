@@ -24,9 +24,10 @@ from flax.traverse_util import flatten_dict
 from unreid_jax import UserError, values
 from unreid_jax.config import is_off, kinds
 from unreid_jax.published import find
+from unreid_jax.terminal import duration
 from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.sessions import read_sessions
-from unreid_jax.workdir.writer import duration, read_metrics
+from unreid_jax.workdir.writer import read_metrics
 
 # Where a run happens, what it reports, and what is another seed's. A method's
 # marks are not among them: they may change its score.

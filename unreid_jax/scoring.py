@@ -117,3 +117,15 @@ def make_distance(config: ConfigDict) -> methods.Distance:
   copies = NamedSharding(jax.sharding.get_mesh(), sharding.COPY)
   method = methods.make(**config.method.to_dict())
   return jax.jit(method.distance, out_shardings=copies)
+
+
+def is_best(
+  scores: dict[str, float], history: list[dict], saved: int | None
+) -> bool:
+  """Whether mAP is higher than that of the best encoder, saved at a step.
+
+  It is the test set's, as usual. What a killed run had found to be better, but
+  has lost, does not count.
+  """
+  best = [line["mAP"] for line in history if line["step"] == saved]
+  return bool(scores) and all(scores["mAP"] > mAP for mAP in best)

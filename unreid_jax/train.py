@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,20 +12,15 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from unreid_jax import UserError, data, sharding
-from unreid_jax.config import (
-  check,
-  check_same,
-  check_weights,
-  facts,
-  resolve,
-)
+from unreid_jax import UserError, data, progress, sharding
+from unreid_jax.config import check, check_weights, facts, resolve
 from unreid_jax.data import sampler
+from unreid_jax.earlier import check_same_images, find_earlier, fingerprint
 from unreid_jax.evaluate import Evaluation
 from unreid_jax.hosts import peers
 from unreid_jax.preemption import Interrupted, Preemption
 from unreid_jax.relabel import make_refresh, relabel
-from unreid_jax.scoring import report_scores
+from unreid_jax.scoring import is_best, report_scores
 from unreid_jax.state import (
   Parts,
   TrainState,
@@ -37,11 +31,7 @@ from unreid_jax.state import (
 )
 from unreid_jax.step import compile_step
 from unreid_jax.workdir import Workdir
-from unreid_jax.workdir.checkpoints import (
-  Checkpoints,
-  check_version,
-  read_card,
-)
+from unreid_jax.workdir.checkpoints import Checkpoints, read_card
 from unreid_jax.workdir.sessions import Session
 from unreid_jax.workdir.trace import Trace
 from unreid_jax.workdir.writer import Writer
@@ -153,7 +143,7 @@ def _open(
   checkpoints = stack.enter_context(Checkpoints(workdir))
   weights = "" if earlier else config.encoder.pretrained
   state = first_state(parts, num, weights)
-  peers.agree({"the encoder's first weights": checksum(state.params)})
+  peers.agree({"the encoder's first weights": peers.checksum(state.params)})
   workdir.write_config(config)
   if earlier:
     state = checkpoints.restore("last", like=state)
@@ -227,7 +217,7 @@ def _advance(
   batches = sharding.batches(run.parts.mesh, arrays, rows_of_steps)
   title = f"epoch {epoch + 1}/{config.epochs}"
   latest, stop = None, False
-  for batch in run.writer.track(
+  for batch in progress.track(
     batches, title, rows_of_steps.size, config.batch_size
   ):
     with trace.step(step, state):
@@ -279,30 +269,6 @@ def _score(run: Run, state: TrainState) -> Evaluation:
   )  # fmt: skip
 
 
-def find_earlier(workdir: Workdir, config: ConfigDict) -> pathlib.Path | None:
-  """The checkpoint that a run with this config goes on from, if there is one.
-
-  Raises:
-    UserError: the folder holds a run that cannot go on with it.
-  """
-  earlier = workdir.newest("last")
-  if not earlier:
-    workdir.check_unused()
-  elif earlier.name == "0" and not workdir.newest("best"):
-    return None  # nothing has been learnt yet
-  else:
-    check_version(earlier)
-    check_same(workdir.stored_config(), config)
-    workdir.check_metrics()
-  return earlier
-
-
-def checksum(tree: Any) -> int:
-  """A number that tells one tree of replicated arrays from another."""
-  arrays = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(tree)))
-  return functools.reduce(lambda crc, x: zlib.crc32(x, crc), arrays, 0)
-
-
 def report_step(figures: dict[str, Array] | None, step: int, run: Run) -> None:
   """Checks the figures of a step, if there are any, and writes those due."""
   check_finite(figures, step)
@@ -318,41 +284,6 @@ def report_epoch(parts: Parts, state: TrainState, writer: Writer) -> None:
     writer.write(int(state.step), "epoch", means)
   for note in notes:
     writer.log(f"{'':<20}{note}")
-
-
-def fingerprint(split: data.Split) -> dict[str, int]:
-  """What tells one set of images from another: of its pixels, a sample."""
-  num = len(split.names)
-  crc = zlib.crc32("\0".join(split.names).encode("utf-8", "surrogateescape"))
-  for array in split.pids, split.camids, split.images[:: max(num // 500, 1)]:
-    crc = zlib.crc32(np.ascontiguousarray(array), crc)
-  return {"number": num, "crc32": crc}
-
-
-def check_same_images(stored: dict, card: dict, path: pathlib.Path) -> None:
-  """Refuses, by their cards, to go on from a checkpoint with other images."""
-  then, now = stored.get("train_images"), card["train_images"]
-  if then is not None and then != now:
-    what = "their names, cameras or pixels differ"
-    number = then.get("number") if isinstance(then, dict) else "?"
-    if number != now["number"]:
-      what = f"{number} then, {now['number']} now"
-    raise UserError(
-      f"{path} was trained on other train images ({what}): bring them back, or "
-      "choose another --workdir"
-    )
-
-
-def is_best(
-  scores: dict[str, float], history: list[dict], saved: int | None
-) -> bool:
-  """Whether mAP is higher than that of the best encoder, saved at a step.
-
-  It is the test set's, as usual. What a killed run had found to be better, but
-  has lost, does not count.
-  """
-  best = [line["mAP"] for line in history if line["step"] == saved]
-  return bool(scores) and all(scores["mAP"] > mAP for mAP in best)
 
 
 def check_finite(figures: dict[str, Array] | None, step: int) -> None:

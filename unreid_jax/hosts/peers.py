@@ -7,6 +7,7 @@ same, and while one of them waits. A process that is alone agrees with itself.
 
 import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -15,9 +16,11 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import multihost
 
 from unreid_jax import UserError, preemption
@@ -201,3 +204,9 @@ def _watch():
     if _STOP in said and not has_stopped:
       has_stopped = True
       preemption.notice()
+
+
+def checksum(tree: Any) -> int:
+  """A number that tells one tree of replicated arrays from another."""
+  arrays = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(tree)))
+  return functools.reduce(lambda crc, x: zlib.crc32(x, crc), arrays, 0)
