@@ -17,7 +17,7 @@ from helpers import KEY, make_batch, make_split, step_of
 from unreid_jax import UserError, methods, sharding
 from unreid_jax.config import resolve
 from unreid_jax.methods import hngn
-from unreid_jax.methods.hngn import negatives
+from unreid_jax.methods.hngn import negatives, training
 from unreid_jax.methods.hngn.generator import Generator, interpolate
 from unreid_jax.state import first_state, make_parts
 
@@ -178,7 +178,7 @@ def test_the_generators_loss_is_the_weighed_sum(monkeypatch):
   case = Case(**options)
   parts = {name: jnp.asarray(i + 1.0) for i, name in enumerate(weights)}
   monkeypatch.setattr(negatives, "terms", lambda *args: parts)
-  value = jax.jit(functools.partial(hngn.generator_loss, case.hp))(
+  value = jax.jit(functools.partial(training.generator_loss, case.hp))(
     case.state.generator.params,
     case.memory(),
     jnp.asarray(case.features),
@@ -301,7 +301,7 @@ def test_each_step_moves_its_own_network():
   batch = make_batch(case.labels, case.labels)
 
   def encoder_loss(params):
-    state = case.state.replace(generator=hngn.GeneratorState(params, {}))
+    state = case.state.replace(generator=training.GeneratorState(params, {}))
     frozen = hngn.make(**SMALL, alternate="epoch")
     features = jnp.asarray(case.features)
     return frozen.step(state, features, batch, case.key)[0]
@@ -415,7 +415,7 @@ def slow_phase(case, state, num_steps, key):
 
   @jax.jit
   def slope_of(params, features, labels, key):
-    loss = functools.partial(hngn.generator_loss, case.hp)
+    loss = functools.partial(training.generator_loss, case.hp)
     return jax.grad(loss)(params, memory, features, labels, key)
 
   for i in range(num_steps):
@@ -425,7 +425,7 @@ def slow_phase(case, state, num_steps, key):
     with jax.numpy_dtype_promotion("standard"):
       slope, moments = optimizer.update(slope, generator.opt_state)
     params = optax.apply_updates(generator.params, slope)
-    generator = hngn.GeneratorState(params, moments)
+    generator = training.GeneratorState(params, moments)
   return generator
 
 

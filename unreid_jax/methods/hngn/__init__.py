@@ -29,21 +29,18 @@ its only judges), and generated negatives are constants to the encoder.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
-from unreid_jax import memory, methods, optim, sharding, values
+from unreid_jax import memory, methods, values
 from unreid_jax.methods import Batch, Labels, Method, Proxies, StepResult
-from unreid_jax.methods.hngn import negatives
-from unreid_jax.methods.hngn.generator import Generator, interpolate
+from unreid_jax.methods.hngn import negatives, training
 
 _COLLAPSED = 0.25
 
@@ -116,15 +113,6 @@ class Hyperparameters(values.Checked):
 
 @struct.dataclass
 @no_type_check  # its leaves may also be shardings
-class GeneratorState:
-  """The generator's own train state; empty for the interpolation."""
-
-  params: Any
-  opt_state: Any
-
-
-@struct.dataclass
-@no_type_check  # its leaves may also be shardings
 class State:
   """The wrapped method's state and the generator's.
 
@@ -132,7 +120,7 @@ class State:
   """
 
   base: Any
-  generator: GeneratorState
+  generator: training.GeneratorState
   progress: Float[Array, ""]
 
 
@@ -164,18 +152,11 @@ def make(**hyperparameters) -> Method:
 
 def init(hp: Hyperparameters, base: Method, key, shapes) -> State:
   """The wrapped method's state, and a new generator."""
-  params = opt_state = {}
-  if hp.generator == "learned":
-    _, d = methods.size_of(shapes)
-    # The wrapped method gets the key that it would get alone.
-    network_key, _ = jax.random.split(jax.random.fold_in(key, 1))
-    zeros = functools.partial(jnp.zeros, dtype=shapes.dtype)
-    examples = zeros((1, d)), zeros((1, 1, d)), network_key
-    params = _network(hp).init(network_key, *examples)["params"]
-    opt_state = _optimizer(hp).init(params)
+  # The wrapped method gets the key that it would get alone.
+  generator_key = jax.random.fold_in(key, 1)
   return State(
     base=base.init(key, shapes),
-    generator=GeneratorState(params, opt_state),
+    generator=training.init(hp, generator_key, shapes),
     progress=_progress(hp, jnp.zeros((), jnp.int32)),
   )
 
@@ -225,7 +206,7 @@ def refresh(hp, base: Method, state: State, labels, given, key) -> State:
     return features[rows], labels[rows], jax.random.fold_in(key, i)
 
   proxies, progress = base.proxies(state.base), state.progress
-  generator = _train(hp, state.generator, proxies, batch, progress)
+  generator = training.train(hp, state.generator, proxies, batch, progress)
   return state.replace(generator=generator)
 
 
@@ -253,7 +234,7 @@ def step(
   generator, fixed = state.generator, lax.stop_gradient(features)
   if hp.alternate == "iteration" and hp.generator == "learned":
     drawn = lambda i: (fixed, batch.labels, jax.random.fold_in(key, i))
-    generator = _train(hp, generator, proxies, drawn, progress)
+    generator = training.train(hp, generator, proxies, drawn, progress)
   after = State(memory_after, generator, _progress(hp, batch.step + 1))
   return loss, (after, lax.stop_gradient(figures))
 
@@ -291,36 +272,11 @@ def propose(hp, generator, proxies: Proxies, features, labels, key, progress):
   """
   features = lax.stop_gradient(features)
   near = negatives.around(proxies, features, labels, hp.num_generated)
-  generated = generate(hp, generator.params, near, key, progress)
+  generated = training.generate(hp, generator.params, near, key, progress)
   generated = lax.stop_gradient(generated)
   logits = negatives.logits_of_clusters(proxies, generated)
   _, nearest = memory.nearest(-logits, 1)
   return near, generated, nearest.reshape(near.clusters.shape)
-
-
-def generate(hp, params, near: negatives.Around, key, progress=1.0):
-  """Generated negatives [b, m, d]; see `generator.py`."""
-  anchors, proxies = near.anchors, near.proxies
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and len(anchors) % mesh.size == 0:
-    # Each device moves the proxies of its own anchors.
-    anchors, proxies = map(sharding.constrain_rows, (anchors, proxies))
-  if hp.generator == "learned":
-    return _network(hp).apply({"params": params}, anchors, proxies, key)
-  growth = jnp.log1p((math.e - 1) * progress)  # as in ISE
-  return interpolate(anchors, proxies, hp.interpolation * growth)
-
-
-def generator_loss(
-  hp, params, proxies: Proxies, features, labels, key
-) -> Float[Array, ""]:
-  """What the generator with these `params` minimises; see above."""
-  near = negatives.around(proxies, features, labels, hp.num_generated)
-  generated = generate(hp, params, near, key)
-  logits = negatives.logits_of_clusters(proxies, generated)
-  temperature = proxies.temperature
-  parts = negatives.terms(near, generated, logits, temperature, hp.hardness)
-  return sum(getattr(hp, f"{name}_weight") * x for name, x in parts.items())
 
 
 def _negative_logits(hp, features, batch, near, generated, taken_for):
@@ -338,33 +294,7 @@ def _negative_logits(hp, features, batch, near, generated, taken_for):
   return jnp.where(usable, similar, -jnp.inf)
 
 
-def _train(hp, generator: GeneratorState, proxies, batch, progress):
-  """Steps of the generator on `batch(i)`; none in the warm-up."""
-
-  def step(i, generator):
-    slope = jax.grad(generator_loss, argnums=1)(
-      hp, generator.params, proxies, *batch(i)
-    )
-    updates, opt_state = _optimizer(hp).update(
-      slope, generator.opt_state, generator.params
-    )
-    params = optax.apply_updates(generator.params, updates)
-    return GeneratorState(params, opt_state)
-
-  steps = jnp.where(progress > 0, hp.generator_steps, 0)
-  return lax.fori_loop(0, steps, step, generator)
-
-
 def _progress(hp, step):
   """0 in the warm-up, then rising to 1."""
   done = (step + 1 - hp.warmup).astype(jnp.float32)
   return jnp.clip(done / (hp.ramp + 1), 0, 1)
-
-
-def _network(hp):
-  return Generator(hp.generator_width, hp.noise, hp.radius)
-
-
-def _optimizer(hp):
-  learning_rate = optax.scale_by_learning_rate(hp.learning_rate)
-  return optax.chain(optim.scale_by_adam(b1=0.5), learning_rate)
