@@ -79,6 +79,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "pooling": "avg",  # "gem"; "token": a transformer's class token
         "bn_group_size": 0,  # images that share statistics; 0: the batch
         "bn_running": "first",  # or "mean": groups behind the running ones
+        "bn_momentum": 0.0,  # weight of the old running ones; 0: the backbone's
         "embedding_dim": 2048,  # of the head "stripes"
         "stripe_dim": 256,
         "num_stripes": 8,

@@ -38,8 +38,9 @@ def make(
   stripe_dim: Count,
   num_stripes: Count,
   dtype: Literal["float32", "bfloat16", "float64"],
-  drop_path: BelowOne = 0.0,  # the cards of earlier versions have neither
+  drop_path: BelowOne = 0.0,  # cards of earlier versions end here
   remat: bool = False,
+  bn_momentum: BelowOne = 0.0,
 ) -> Encoder:
   """Builds an encoder; the defaults for runs stand in configs/default.py.
 
@@ -60,6 +61,8 @@ def make(
       transformer in training; it grows from 0 in the first block.
     remat: whether its blocks are computed once more for the gradient, instead
       of kept.
+    bn_momentum: the weight of the old running statistics; 0: the backbone's
+      own, .99 of an EfficientNet-Lite and .9 elsewhere.
 
   Raises:
     UserError: an unknown arch, one without such blocks, or "float64" while JAX
@@ -68,7 +71,9 @@ def make(
   values.check(values.fields(make), {"arch": arch})
   if dtype == "float64" and not jax.config.jax_enable_x64:
     raise UserError('encoder.dtype is "float64": set JAX_ENABLE_X64=1 for it')
-  norm = functools.partial(GhostBatchNorm, bn_group_size, bn_running)
+  norm = functools.partial(
+    GhostBatchNorm, bn_group_size, bn_running, momentum=bn_momentum
+  )
   build = backbones.archs()[arch]
   options = {"drop_path": drop_path, "remat": remat}
   options = {key: value for key, value in options.items() if value}

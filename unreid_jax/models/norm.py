@@ -28,7 +28,8 @@ class GhostBatchNorm(nn.Module):
   running: str = "first"
   train_bias: bool = True  # False freezes its initial or loaded value
   epsilon: float = 1e-5  # is added to the variance
-  momentum: float = 0.9  # the weight of the old running statistics
+  momentum: float = 0.0  # the weight of the old running statistics; 0: `own`
+  own: float = 0.9  # the backbone's own momentum
 
   @nn.compact
   def __call__(self, x: _X, train: bool) -> _X:
@@ -57,9 +58,8 @@ class GhostBatchNorm(nn.Module):
       for running, values in ((mean, group_mean), (var, unbiased)):
         new = values[0] if self.running == "first" else values.mean(0)
         new = jax.lax.stop_gradient(new).astype(running.value.dtype)
-        running.value = (
-          self.momentum * running.value + (1 - self.momentum) * new
-        )
+        old = self.momentum or self.own
+        running.value = old * running.value + (1 - old) * new
     return out
 
 

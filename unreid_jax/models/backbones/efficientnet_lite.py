@@ -65,7 +65,7 @@ class EfficientNetLite(nn.Module):
   def __call__(
     self, x: Float[Array, "b H W 3"], train: bool
   ) -> Float[Array, "b h w c"]:
-    norm = functools.partial(self.norm, epsilon=1e-3, momentum=0.99)
+    norm = functools.partial(self.norm, epsilon=1e-3, own=0.99)
     factor, _ = _FACTORS[self.size]
     channels = lambda n: _multiple_of_8(n * self.width)
     x = x.astype(jnp.dtype(self.dtype))
