@@ -118,7 +118,7 @@ def _slow_block(x, params, stats, stride):
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5), (1, 2)])
 @pytest.mark.parametrize("stride, out", [(1, 8), (1, 16), (2, 8)])
 def test_a_block_equals_its_slow_twin(shape, stride, out):
-  norm = functools.partial(GhostBatchNorm, epsilon=1e-3, momentum=0.99)
+  norm = functools.partial(GhostBatchNorm, epsilon=1e-3, own=0.99)
   block = efficientnet_lite.Block(out, 5, stride, 6, norm)
   x = jax.random.normal(jax.random.key(0), (2, *shape, 8))
   init = functools.partial(block.init, train=False)
@@ -128,6 +128,46 @@ def test_a_block_equals_its_slow_twin(shape, stride, out):
   stats, params = parts
   want = _slow_block(np.asarray(x, float), params, stats, stride)
   assert_allclose(got, want, 1e-4, 1e-4)
+
+
+def test_images_skip_blocks_in_training():
+  """By their row in the whole batch; at test time none does."""
+  norm, key = functools.partial(GhostBatchNorm, epsilon=1e-3), jax.random.key(1)
+  whole, skipped = (
+    efficientnet_lite.Block(8, 3, 1, 6, norm, drop) for drop in (0.0, 0.25)
+  )
+  x = jax.random.normal(jax.random.key(0), (64, 4, 2, 8))
+  variables = jax.jit(whole.init, static_argnums=2)(key, x, False)
+  options = {"mutable": ["batch_stats"], "rngs": {"drop_path": key}}
+  added = whole.apply(variables, x, True, **options)[0] - x
+  got = skipped.apply(variables, x, True, **options)[0] - x
+  is_skipped = (got == 0).all((1, 2, 3))
+  assert 8 <= is_skipped.sum() <= 24
+  want = np.where(is_skipped[:, None, None, None], 0, added / 0.75)
+  assert_allclose(got, want, 1e-4, 1e-5)
+  last = skipped.apply(variables, x[32:], True, 32, **options)[0] - x[32:]
+  assert_array_equal((last == 0).all((1, 2, 3)), is_skipped[32:])
+  at_test = (block.apply(variables, x, False) for block in (whole, skipped))
+  assert_array_equal(*at_test)
+
+
+def test_the_rates_grow_and_the_last_stride(make_encoder):
+  found, key = [], jax.random.key(0)
+
+  def note(block, x, train, first):
+    found.append(block.drop_path)
+    return x
+
+  encoder = make_encoder(
+    arch="efficientnet_lite0", drop_path=0.32, last_stride=2
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(efficientnet_lite, "drop_images", note)
+    x = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
+    run = lambda x: encoder.backbone.init_with_output(key, x, True)[0]
+    assert jax.eval_shape(run, x).shape == (1, 2, 1, 1280)
+  assert_allclose(found, 0.02 * np.array([2, 4, 6, 7, 9, 10, 12, 13, 14]))
+  assert make_encoder(arch="efficientnet_lite0").backbone.stride == 16
 
 
 def test_relu6_has_no_gradient_at_its_ends():

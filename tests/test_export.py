@@ -122,6 +122,16 @@ def test_mistakes(encoders, tmp_path):
     path.write_bytes(safetensors.numpy.save(state, card))
     with pytest.raises(UserError, match=line):
       load_encoder(path)
+  path.write_bytes(safetensors.numpy.save(state))
+  for card, line in (
+    (
+      {"height": 32},
+      r"card that was passed is damaged \(it has no 'encoder'\)",
+    ),
+    (encoder.card | {"width": 0}, "card that was passed.*make_card"),
+  ):
+    with pytest.raises(UserError, match=line):
+      load_encoder(path, card)
   export.export(encoder, str(path), "torch")
   path.write_bytes(path.read_bytes()[:-4])
   with pytest.raises(UserError, match=r"\.safetensors: .*it is damaged"):

@@ -149,6 +149,11 @@ def test_mistakes_name_the_weight(encoders):
     pretrained.from_torch(state, *encoder)
   with pytest.raises(UserError, match="it has no weight"):
     pretrained.from_torch({}, *encoder)
+  of_a_part = {f"reid.net.{key}": x for key, x in state.items()}
+  with pytest.raises(
+    UserError, match=r"but reid\..*: take reid\.net\. off its"
+  ):
+    pretrained.from_torch(of_a_part, *encoder)
   stripe = "local_pooling.local_conv_list.{}.0.weight"
   sizes = {stripe.format(i): np.ones((4, 64 - i % 2), "f") for i in range(8)}
   with pytest.raises(UserError, match=r"\(63, 4\) and \(64, 4\)"):

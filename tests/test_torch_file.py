@@ -190,6 +190,17 @@ def test_what_looks_huge_is_never_looked_at(path, build):
     torch_file.read(path)
 
 
+def test_a_program_is_not_run(path):
+  """TorchScript is a zip with more in it, some of it compressed."""
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    for name in "data.pkl", "code/__torch__.py", "constants.pkl":
+      file.writestr(f"model/{name}", b"x")
+  with pytest.raises(
+    UserError, match=r"a program \(TorchScript\).*\.safetensors"
+  ):
+    torch_file.read(path)
+
+
 def test_zips_that_lie(path, monkeypatch):
   weights = {"a": _tensor()}
   with pytest.raises(UserError, match="compressed"):

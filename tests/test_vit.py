@@ -294,6 +294,8 @@ def test_weights_of_other_transformers_are_refused():
   for key in "base.sie_embed", "cv_embed", "b1.0.norm1.bias", "b2.1.weight":
     with pytest.raises(UserError, match="of TransReID's SIE or JPM"):
       pretrained.from_torch(state | {key: block}, encoder, zeros)
+  with pytest.raises(UserError, match="it has a dist_token, which no encoder"):
+    pretrained.from_torch(state | {"base.dist_token": block}, encoder, zeros)
   clip = {key: ref.value(key, x) for key, x in ref.clip_shapes().items()}
   with pytest.raises(UserError, match=r"it has no weight .*, its first is vis"):
     pretrained.from_torch(clip, encoder, zeros)
@@ -301,7 +303,8 @@ def test_weights_of_other_transformers_are_refused():
 
 def test_cards_of_earlier_versions_have_no_such_options():
   options = default.get_config("spcl", "synthetic").encoder.to_dict()
-  for name in "pretrained", "drop_path", "remat":
+  added = "drop_path", "remat", "bn_momentum", "last_stride"
+  for name in "pretrained", *added:
     del options[name]
   models.make(**options)
 
@@ -310,9 +313,14 @@ def test_mistakes_are_explained(make_encoder):
   for key, value, line in (
     ("drop_path", 0.1, r"resnet18 has no drop_path: set .*drop_path to 0\.0"),
     ("remat", True, r"resnet18 has no remat: set encoder\.remat to False"),
+    (
+      "last_stride",
+      2,
+      r"osnet_x1_0 has no last_stride: set .*last_stride to 1",
+    ),
   ):
     with pytest.raises(UserError, match=line):
-      make_encoder(arch="resnet18", **{key: value})
+      make_encoder(arch=line.split()[0], **{key: value})
   with pytest.raises(UserError, match=r"64x15 pixels .* patch of 16: raise"):
     encoder = make_encoder(arch="vit_small")
     jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 64, 15, 3)))

@@ -29,11 +29,14 @@ class Card(TypedDict):
   std: tuple[Positive, ...]
 
 
-def build(card: dict, path: str) -> tuple[Any, PyTree]:
+def build(
+  card: dict, where: str, remedy: str = "restore it, or train again"
+) -> tuple[Any, PyTree]:
   """The network that a card describes, and the shapes of its variables.
 
   Raises:
-    UserError: the card, which lies at the path, describes none.
+    UserError: the card describes none; the line names where it lies, and what
+      to do.
   """
   kinds = values.fields(Card)
   try:
@@ -43,9 +46,8 @@ def build(card: dict, path: str) -> tuple[Any, PyTree]:
   except Exception as error:
     if isinstance(error, UserError) and not isinstance(error, values.BadValue):
       raise
-    raise UserError(
-      f"{path} is damaged ({error}): restore it, or train again"
-    ) from None
+    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    raise UserError(f"{where} is damaged ({reason}): {remedy}") from None
   return module, shapes
 
 

@@ -63,13 +63,17 @@ def _open_checkpoint(path, copies):
 
 def _open_weights(path, card):
   """What a file lacks, such as a head of ImageNet weights, is drawn."""
-  card = _stored_card(path) or card
-  if not card:
+  make = "make one by unreid_jax.state.make_card(config)"
+  if stored := _stored_card(path):
+    card, (module, shapes) = stored, build(stored, str(path))
+  elif card:
+    module, shapes = build(card, "the card that was passed", make)
+  else:
     pretrained.read(path)  # if it is damaged, that is what is to be said
     raise UserError(
-      f"{path} does not say what encoder it is of: pass --config, or a card"
+      f"{path} does not say what encoder it is of: pass --config, or a card "
+      f"({make})"
     )
-  module, shapes = build(card, str(path))
   size = card["height"], card["width"]
   variables = pretrained.load(path, module, shapes, size)
   is_left = lambda x: isinstance(x, jax.ShapeDtypeStruct)

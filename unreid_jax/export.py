@@ -105,7 +105,7 @@ def reference_state(encoder: Encoder) -> dict[str, np.ndarray]:
   module = models.make(**encoder.card["encoder"])
   if not isinstance(module.backbone, ResNet):
     arch = encoder.card["encoder"]["arch"]
-    raise UserError(f"no reference has an {arch}: set --format=torch")
+    raise UserError(f"no reference has {arch}: set --format=torch")
   layer = re.compile(r"(conv1|bn1|layer\d)\.")
   to_base = lambda found: f"base.{_LAYERS[found[1]]}."
   to = to_base if encoder.card["encoder"]["head"] == "neck" else r"CNN.\g<0>"

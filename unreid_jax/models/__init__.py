@@ -41,6 +41,7 @@ def make(
   drop_path: BelowOne = 0.0,  # cards of earlier versions end here
   remat: bool = False,
   bn_momentum: BelowOne = 0.0,
+  last_stride: Literal[1, 2] = 1,
 ) -> Encoder:
   """Builds an encoder; the defaults for runs stand in configs/default.py.
 
@@ -58,11 +59,14 @@ def make(
     embedding_dim, stripe_dim, num_stripes: sizes of the head "stripes".
     dtype: the dtype of the backbone's computation.
     drop_path: the probability that an image skips the last block of a vision
-      transformer in training; it grows from 0 in the first block.
-    remat: whether its blocks are computed once more for the gradient, instead
-      of kept.
+      transformer or an EfficientNet-Lite in training; it grows from 0 in the
+      first block.
+    remat: whether the blocks of a vision transformer are computed once more for
+      the gradient, instead of kept.
     bn_momentum: the weight of the old running statistics; 0: the backbone's
       own, .99 of an EfficientNet-Lite and .9 elsewhere.
+    last_stride: of a ResNet or an EfficientNet-Lite; 2, as for ImageNet, has
+      feature maps of half the size, and takes half the time.
 
   Raises:
     UserError: an unknown arch, one without such blocks, or "float64" while JAX
@@ -75,11 +79,11 @@ def make(
     GhostBatchNorm, bn_group_size, bn_running, momentum=bn_momentum
   )
   build = backbones.archs()[arch]
-  options = {"drop_path": drop_path, "remat": remat}
-  options = {key: value for key, value in options.items() if value}
+  options = {"drop_path": drop_path, "remat": remat, "last_stride": last_stride}
+  off = {"drop_path": 0.0, "remat": False, "last_stride": 1}
+  options = {key: x for key, x in options.items() if x != off[key]}
   for key in options.keys() - inspect.signature(build).parameters:
-    off = type(options[key])()
-    raise UserError(f"{arch} has no {key}: set encoder.{key} to {off}")
+    raise UserError(f"{arch} has no {key}: set encoder.{key} to {off[key]}")
   backbone = build(width=width, norm=norm, dtype=dtype, **options)
   if head == "neck":
     return Encoder(backbone, Neck(pooling, norm))

