@@ -69,7 +69,7 @@ def test_a_signal_while_it_starts(
     time.sleep(0.01)
   for number in signals:
     os.kill(process.pid, number)
-    wait_for(log, "stops ")
+    wait_for(log, "stop")  # "stops now", or by then "stopped before a step"
   process.join(60)
   printed = log.read_text()
   assert process.exitcode == 75, printed
