@@ -84,7 +84,7 @@ def get_config(method: str, dataset: str, **hyperparameters) -> ConfigDict:
         "stripe_dim": 256,
         "num_stripes": 8,
         "dtype": "float32",  # of the computation; "bfloat16"; or "float64"
-        "last_stride": 1,  # 2, as for ImageNet: half the map, half the time
+        "last_stride": 1,  # 2, as for ImageNet: maps of half the height
         "drop_path": 0.0,  # images skip blocks, of transformers and of Lite
         "remat": False,  # of vision transformers: less memory, more time
         "pretrained": "",  # .safetensors or .pth; or "efficientnet_lite0"

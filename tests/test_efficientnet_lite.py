@@ -152,10 +152,11 @@ def test_images_skip_blocks_in_training():
 
 
 def test_the_rates_grow_and_the_last_stride(make_encoder):
+  """And each block knows which rows of the batch it has."""
   found, key = [], jax.random.key(0)
 
   def note(block, x, train, first):
-    found.append(block.drop_path)
+    found.append((block.drop_path, first))
     return x
 
   encoder = make_encoder(
@@ -164,10 +165,27 @@ def test_the_rates_grow_and_the_last_stride(make_encoder):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(efficientnet_lite, "drop_images", note)
     x = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
-    run = lambda x: encoder.backbone.init_with_output(key, x, True)[0]
-    assert jax.eval_shape(run, x).shape == (1, 2, 1, 1280)
-  assert_allclose(found, 0.02 * np.array([2, 4, 6, 7, 9, 10, 12, 13, 14]))
+    init = lambda x: encoder.backbone.init(key, x, False)
+    run = lambda variables, x: encoder.backbone.apply(
+      variables | {"batch": {"first": 32}}, x, True, mutable=["batch_stats"]
+    )[0]
+    out = jax.eval_shape(lambda x: run(init(x), x), x)
+  assert out.shape == (1, 2, 1, 1280)
+  rates, rows = zip(*found[9:], strict=True)  # those before are of `init`
+  assert_allclose(rates, 0.02 * np.array([2, 4, 6, 7, 9, 10, 12, 13, 14]))
+  assert set(rows) == {32}
   assert make_encoder(arch="efficientnet_lite0").backbone.stride == 16
+
+
+@pytest.mark.parametrize("given, old", [(0.0, 0.99), (0.75, 0.75)])
+def test_how_fast_the_running_statistics_follow(make_encoder, given, old):
+  net = make_encoder(arch="efficientnet_lite0", bn_momentum=given).backbone
+  norm = net.norm(epsilon=1e-3, own=0.99)
+  x = jax.random.normal(jax.random.key(0), (8, 2, 2, 3)) + 5
+  variables = norm.init(jax.random.key(1), x, False)
+  _, updated = norm.apply(variables, x, True, mutable=["batch_stats"])
+  want = (1 - old) * x.mean((0, 1, 2))
+  assert_allclose(updated["batch_stats"]["mean"], want, 1e-5)
 
 
 def test_relu6_has_no_gradient_at_its_ends():

@@ -215,8 +215,8 @@ def check_same(stored: Mapping[str, Any], config: ConfigDict) -> None:
     ) from None
   for path, kind, now in _leaves(kinds(), settings):
     is_free = values.has(kind, values.FREE)
-    name = config.method.name
-    if is_free or (path not in known and is_off(path, now, name)):
+    is_new = path not in known
+    if is_free or (is_new and is_off(path, now, config.method.name)):
       continue
     if known.get(path) != now:
       then = repr(known[path]) if path in known else "no such key"

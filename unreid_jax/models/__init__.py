@@ -66,7 +66,7 @@ def make(
     bn_momentum: the weight of the old running statistics; 0: the backbone's
       own, .99 of an EfficientNet-Lite and .9 elsewhere.
     last_stride: of a ResNet or an EfficientNet-Lite; 2, as for ImageNet, has
-      feature maps of half the size, and takes half the time.
+      feature maps of half the height and width.
 
   Raises:
     UserError: an unknown arch, one without such blocks, or "float64" while JAX
