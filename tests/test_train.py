@@ -3,12 +3,8 @@
 import functools
 import itertools
 import json
-import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +14,7 @@ import pytest
 from helpers import gives, make_split
 from jax.sharding import NamedSharding
 from PIL import Image
+from test_run import FORKS, run_command
 
 from configs import default
 from unreid_jax import UserError, evaluate, scoring, sharding, step, train
@@ -31,7 +28,6 @@ from unreid_jax.workdir import Workdir
 from unreid_jax.workdir.sessions import read_sessions
 
 pytestmark = pytest.mark.usefixtures("two_blocks")
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
   "num_devices": 2,
   "dataset.height": 32,
@@ -590,6 +586,12 @@ def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
   assert contents(tmp_path) == before
 
 
+def run_small(arguments, log):
+  """The body of a process: run.py with a ResNet-18 of two blocks."""
+  resnet._DEPTHS[18] = ((1, 1), False)
+  run_command(arguments, log)
+
+
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   """SIGKILL within an epoch, and within a checkpoint's write."""
   broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
@@ -609,20 +611,25 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
       "steps_per_epoch": 14,
       "checkpoint_every": "4 steps",
     }
-    overrides = [f"--config.{key}={value}" for key, value in options.items()]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "tests/small_run.py"]
-    command += ["--config=configs/selective.py"]
-    command += [f"--workdir={workdir}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=env)
+    arguments = ["--config=configs/selective.py", f"--workdir={workdir}"]
+    arguments += [f"--config.{key}={value}" for key, value in options.items()]
+    process = FORKS.Process(
+      target=run_small, args=(arguments, tmp_path / "log")
+    )
+    process.start()
+    return process
 
-  def stop(condition, number):
+  def ends(process):
+    process.join(100)
+    return process.exitcode
+
+  def kill(condition):
     process = start(broken)
     while not condition():
-      assert process.poll() is None, "the run ended before it was stopped"
+      assert process.is_alive(), "the run ended before it was stopped"
       time.sleep(0.001)
-    process.send_signal(number)
-    return process.wait()
+    process.kill()
+    return ends(process)
 
   def steps():
     path = broken / "metrics.jsonl"
@@ -631,11 +638,11 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   def is_saving():
     return steps() > 20 and list(broken.glob("checkpoints/last/*tmp*"))
 
-  assert start(unbroken).wait() == 0
-  assert stop(lambda: steps() > 8, signal.SIGKILL) == -signal.SIGKILL
-  assert stop(is_saving, signal.SIGKILL) == -signal.SIGKILL
+  assert ends(start(unbroken)) == 0
+  assert kill(lambda: steps() > 8) == -signal.SIGKILL
+  assert kill(is_saving) == -signal.SIGKILL
   assert len(list(broken.glob("checkpoints/last/*[0-9]"))) == 2
-  assert start(broken).wait() == 0
+  assert ends(start(broken)) == 0
   metrics = [(x / "metrics.jsonl").read_text() for x in (broken, unbroken)]
   assert metrics[0] == metrics[1]
   assert "starts from random weights" in (unbroken / "log.txt").read_text()
