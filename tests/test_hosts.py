@@ -17,7 +17,6 @@ from test_run import FORKS, run_command
 from unreid_jax import UserError
 from unreid_jax.hosts import peers, place
 from unreid_jax.hosts.launch import PLACE
-from unreid_jax.models.backbones import resnet
 
 ROOT = pathlib.Path(__file__).parent.parent
 ALONE = dict.fromkeys(("coordinator", "num_processes", "process_id"))
@@ -277,7 +276,6 @@ def test_launch_and_a_place_do_not_go_together(command):
 
 def run_child(arguments, log, own, ear):
   """The body of a process, alone or as `launch` would have started it."""
-  resnet._DEPTHS[18] = ((1, 1), False)  # two blocks: it compiles soon
   if own["num_processes"] > 1:
     os.dup2(ear.fileno(), 0)
     os.environ[PLACE] = json.dumps(own)

@@ -586,12 +586,6 @@ def test_no_checkpoint_and_an_old_one(dataset, tmp_path):
   assert contents(tmp_path) == before
 
 
-def run_small(arguments, log):
-  """The body of a process: run.py with a ResNet-18 of two blocks."""
-  resnet._DEPTHS[18] = ((1, 1), False)
-  run_command(arguments, log)
-
-
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
   """SIGKILL within an epoch, and within a checkpoint's write."""
   broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
@@ -614,7 +608,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path):
     arguments = ["--config=configs/selective.py", f"--workdir={workdir}"]
     arguments += [f"--config.{key}={value}" for key, value in options.items()]
     process = FORKS.Process(
-      target=run_small, args=(arguments, tmp_path / "log")
+      target=run_command, args=(arguments, tmp_path / "log")
     )
     process.start()
     return process
