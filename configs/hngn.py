@@ -53,6 +53,8 @@ def get_config(arguments: str = "synthetic,small"):
   method["warmup"], method["ramp"] = f"{warmup} epochs", f"{ramp} epochs"
   if size:
     method["generator_width"] = 256
+  if size == "lite":
+    method["radius"] = 0.2  # else they become harder than the positives
   config.method = ConfigDict(method)
   return config
 
