@@ -55,7 +55,7 @@ _MODE = flags.DEFINE_enum(
   "encode, search, verify, export: use the encoder of --checkpoint.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "", "Workdir, checkpoint or PyTorch weights; not the workdir's."
+  "checkpoint", "", "Workdir, checkpoint or PyTorch weights, not --workdir's."
 )
 flags.DEFINE_string(
   "format", None, "export: torch, torch_reference, onnx or stablehlo."
@@ -75,7 +75,7 @@ flags.DEFINE_bool(
   "approximate", None, "search: by an index, in large galleries."
 )
 flags.DEFINE_float("far", None, "search, verify: false accept rate.", 0, 1)
-flags.DEFINE_string("cache_dir", None, "Where features are kept.")
+flags.DEFINE_string("cache_dir", None, "Features are kept below it.")
 _NUM_IMAGES = flags.DEFINE_integer(
   "num_images", 0, "plan: train images; as in the published set.", lower_bound=0
 )

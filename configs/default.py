@@ -1,8 +1,10 @@
 """Every key of a config but the method's, with its default and a remark.
 
-A method's keys stand in the `Hyperparameters` of its file.
+A method's keys stand in the `Hyperparameters` of its file in
+unreid_jax/methods, those of the clustering in pseudo_labels/clustering.py.
 
-Durations are written "10 epochs" or "500 steps", or "0 steps" for never.
+Durations are written "10 epochs" or "500 steps". "0 steps" switches a warm-up
+or a cosine off; what is done every "0 steps" is done at the end only.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ Its parts, one by one:
   --config.method.beta=0              no weights of hard negatives
   --config.method.instance_weight=0   no instance term
   --config.method.recluster=features  clusters of freshly extracted features, as
-                                      in the small configs; or memory
+                                      in small and lite; or memory
 
 We have not run this recipe: it needs its data, and ImageNet weights:
 --config.encoder.pretrained=resnet50.pth. DATASET,lite is in docs/results.md.

@@ -18,7 +18,7 @@ Its parts, one by one:
 
   --config.method.generated_weight=0          the baseline, and the figures
   --config.method.generator=interpolation     negatives without a network
-  --config.method.identity_weight=0           collapses, unless radius is .5
+  --config.method.identity_weight=0           collapses, unless radius is .3
   --config.method.alternate=epoch '--config.method.generator_steps=1 epoch'
 
 We have not run this recipe: it needs its data, and ImageNet weights:

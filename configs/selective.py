@@ -42,7 +42,7 @@ def get_config(arguments: str = "synthetic,small"):
 
 
 def _small(config):
-  """An encoder and a schedule for two CPU cores and four minutes.
+  """An encoder and a schedule for two CPU cores and about two minutes.
 
   From random weights the camera is all that a feature shows, so that an
   image's neighbours must be sought under other cameras: hence the penalty.

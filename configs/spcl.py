@@ -10,8 +10,8 @@ norm sees 16 images each, hence encoder.bn_group_size; 400 steps an epoch, 800
 on MSMT17. Published, ResNet-50 with average pooling, mAP / R1: Market-1501
 73.1 / 88.1, DukeMTMC-reID 65.3 / 81.2, MSMT17 19.1 / 42.3.
 
-Clusters of freshly extracted features instead of the memory's, as the small
-configs have it: --config.method.recluster=features.
+Clusters of freshly extracted features instead of the memory's, as DATASET,small
+and DATASET,lite have it: --config.method.recluster=features.
 
 Hardware there: four GTX 1080 Ti. We have not run these recipes: ours needs
 their data, and ImageNet weights: --config.encoder.pretrained=resnet50.pth.

@@ -9,7 +9,7 @@ from test_train import cluster_config, tiny_split, use
 
 from unreid_jax import UserError, encode, evaluate, load_encoder, train
 from unreid_jax.about import made_by
-from unreid_jax.config import from_json
+from unreid_jax.config import from_json, resolve
 from unreid_jax.data import Dataset
 from unreid_jax.models.backbones import resnet
 from unreid_jax.report import charts, clusters, curves, from_workdir, ranks
@@ -257,6 +257,16 @@ def test_seconds_of_phases_are_read_from_the_log():
     ("train", 2, 125 + 4200),
     ("encode train", 1, 6.5),
   ]
+
+
+def test_the_learning_rate_is_that_of_the_training():
+  config = resolve(make_config(), steps_per_epoch=3)
+  lines = [{"step": step} for step in (1, 51, 101)]
+  config.optim.update({"lr": 1.0, "milestones": (50,), "gamma": 0.1})
+  for cosine, rates in ((0, ["1", "0.1", "0.1"]), (100, ["1", "0.5", "0"])):
+    config.optim.cosine = cosine
+    chart = curves.learning_rate(lines, config)
+    assert [rate for _, rate in chart.rows] == rates
 
 
 def test_a_chart_says_what_it_draws():

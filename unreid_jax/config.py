@@ -54,7 +54,7 @@ def kinds() -> dict[str, Any]:
     "dataset": values.fields(data.load),
     "augment": values.fields(augment.augment),
     "encoder": encoder,
-    "optim": values.fields(optim.make) | values.fields(optim.step_decay),
+    "optim": values.fields(optim.make) | values.fields(optim.schedule),
   }
   types_of = {k: lambda _, types=types: types for k, types in sections.items()}
   types_of["method"] = methods.fields

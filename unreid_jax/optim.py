@@ -30,11 +30,7 @@ def make(
   nesterov: bool,
   frozen: tuple[str, ...],
   layer_decay: Annotated[float, Range(0, 1, "(]")],
-  cosine: Duration,
-  cosine_end: NotNegative,
-  milestones: tuple[Duration, ...],
-  gamma: Positive,
-  **warmup,
+  **rest,
 ) -> optax.GradientTransformation:
   """SGD or Adam with weight decay in the gradient, as in `torch.optim`.
 
@@ -50,18 +46,12 @@ def make(
     frozen: layers of the backbone or the head that are never changed, either.
     layer_decay: what the learning rate is multiplied by for each layer of a
       vision transformer, from the last one down: BEiT (Bao et al., ICLR 2022).
-    lr, milestones, gamma, **warmup: see `step_decay`.
-    cosine, cosine_end: see `cosine_decay`; a cosine of 0 steps means
-      `step_decay`.
+    lr, **rest: see `schedule`.
   """
-  if cosine:
-    rate = cosine_decay(lr, cosine, cosine_end, **warmup)
-  else:
-    rate = step_decay(lr, milestones, gamma, **warmup)
   parts = [
     optax.add_decayed_weights(weight_decay),
     scale_by_adam() if name == "adam" else optax.trace(momentum, nesterov),
-    optax.scale_by_learning_rate(rate),
+    optax.scale_by_learning_rate(schedule(lr, **rest)),
     optax.masked(
       optax.set_to_zero(), functools.partial(_is_frozen, names=frozen)
     ),
@@ -81,6 +71,23 @@ def scale_by_adam(b1: float = 0.9) -> optax.GradientTransformation:
       return adam.update(*args)
 
   return optax.GradientTransformation(adam.init, update)
+
+
+def schedule(
+  lr: Positive,
+  milestones: tuple[Duration, ...],
+  gamma: Positive,
+  cosine: Duration,
+  cosine_end: NotNegative,
+  warmup: Duration,
+  warmup_factor: NotNegative,
+  warmup_curve: Literal["linear", "constant"],
+) -> optax.Schedule:
+  """A `cosine_decay`; or, where the cosine has 0 steps, a `step_decay`."""
+  rise = warmup, warmup_factor, warmup_curve
+  if cosine:
+    return cosine_decay(lr, cosine, cosine_end, *rise)
+  return step_decay(lr, milestones, gamma, *rise)
 
 
 def step_decay(
@@ -132,7 +139,7 @@ def cosine_decay(
     lr: the learning rate where the cosine begins, at step 0.
     cosine: the step from which on the rate is `cosine_end * lr`.
     warmup, warmup_factor, warmup_curve: as in `step_decay`, but times lr alone:
-      the cosine counts after the warm-up only.
+      in the warm-up its rate takes the place of the cosine's.
 
   Source: `CosineLRScheduler` of timm, which TransReID calls once an epoch.
   """

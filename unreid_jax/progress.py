@@ -1,7 +1,7 @@
 """Progress of long phases, drawn by whoever has been asked to draw it.
 
 A function that loops over many items says so with `track`, and takes no
-argument for it. Nothing is drawn unless a `workdir.Writer` is open.
+argument for it. Unless somebody has asked, nothing is drawn.
 """
 
 import contextlib

@@ -31,7 +31,8 @@ def score(config: ConfigDict | None, path: str, checkpoint: str = "") -> None:
   """Scores a workdir's last and best checkpoint and trains nothing.
 
   The encoders are the checkpoints'; the config says which data set they are
-  scored on, and by which method's distance. The train images are not read.
+  scored on, and by which method's distance. The train images are read where
+  there are no queries: then their features are written.
 
   Args:
     config: None: the run's own.

@@ -6,8 +6,9 @@ say by their types what they may be set to (see `unreid_jax.values`), and
 `make(**hyperparameters)` returns a `Method`, a tuple of pure functions.
 
 The loop calls them in this order. Each epoch begins with `label`, on the host.
-If it returns labels, `refresh` rebuilds the state's banks with them. Then each
-step of the epoch calls `step`, inside the gradient. `distance` ranks a gallery.
+If it returns labels of two classes or more, `refresh` rebuilds the state's
+banks with them; else the last ones stay. Then each step of the epoch calls
+`step`, inside the gradient. `distance` ranks a gallery.
 """
 
 import dataclasses

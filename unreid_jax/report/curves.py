@@ -64,9 +64,9 @@ def own(history: dict[str, list[dict]]) -> list[Chart]:
 
 def learning_rate(lines: Iterable[dict], config: ConfigDict) -> Chart | None:
   """The learning rate at each step that the run has reported."""
-  schedule = {key: config.optim[key] for key in values.fields(optim.step_decay)}
-  schedule["milestones"] = tuple(schedule["milestones"])  # JSON has lists
-  rate = optim.step_decay(**schedule)
+  options = {key: config.optim[key] for key in values.fields(optim.schedule)}
+  options["milestones"] = tuple(options["milestones"])  # JSON has lists
+  rate = optim.schedule(**options)
   steps = [line["step"] for line in lines][:: max(1, len(list(lines)) // 200)]
   if not steps:
     return None

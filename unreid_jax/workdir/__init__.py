@@ -123,7 +123,7 @@ class Workdir:
     return read_json(self._config.read_bytes(), self._config, advice)
 
   def write_config(self, config: ConfigDict) -> None:
-    """Writes the resolved config, config.json."""
+    """Writes every key of the config, config.json."""
     if peers.is_first():
       text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
       with whole_file(self._config) as file:

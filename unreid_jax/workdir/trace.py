@@ -12,9 +12,9 @@ from unreid_jax.workdir import Workdir, named
 class Trace:
   """Traces steps, and what lies between them, into WORKDIR/profile.
 
-  There a folder for each start has trace.json.gz, for ui.perfetto.dev, and
-  xplane.pb, for TensorBoard's plugin "profile". Of several processes the first
-  one is traced.
+  There a folder for each start has perfetto_trace.json.gz, for
+  ui.perfetto.dev, and xplane.pb, for TensorBoard's plugin "profile". Of several
+  processes the first one is traced.
 
   Args:
     workdir: where it writes.

@@ -253,7 +253,7 @@ def notes(hp: Hyperparameters, means: dict[str, float]) -> tuple[str, ...]:
   )
   remedy = "lower method.interpolation"
   if hp.generator == "learned":
-    remedy = "raise method.identity_weight, or set method.radius to .5"
+    remedy = "raise method.identity_weight, or set method.radius to .3"
   if means["as_own"] > _COLLAPSED:
     lines += (
       "warning: the negatives collapse onto the anchors; what is taken for "
