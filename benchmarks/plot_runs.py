@@ -43,17 +43,21 @@ def main(path: str, names: str, *runs: str) -> None:
   of_panels = [(group, name) for group in groups for name in names.split(",")]
   columns = min(len(of_panels), 4)
   rows = -(-len(of_panels) // columns)
-  figure = plt.figure(figsize=(4 * columns, 3.6 * rows))
+  size = (4 * columns, 3.6 * rows)
+  figure = plt.figure(figsize=size, layout="constrained")
   for place, (group, name) in enumerate(of_panels, 1):
     panel = figure.add_subplot(rows, columns, place)
     for title, folders in zip(titles, workdirs, strict=True):
       if title.rpartition("/")[0] == group:
         draw(panel, title.rpartition("/")[2], name, folders.split(","))
     panel.set(title=f"{group} {name}, %".strip(), xlabel="epoch")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
-    if place == 1 or group:
+    if group:
       panel.legend(fontsize="small")
-  plt.tight_layout()
+  if groups == [""]:  # all panels have the same lines
+    lines = panel.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(runs))
   plt.savefig(path, dpi=90)
 
 
